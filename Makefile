@@ -1,0 +1,48 @@
+# `make demo` and `make test` are all the set-up there is: each makes the virtual environment that it needs.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.PHONY: help demo test lint format types bench docs clean
+.DELETE_ON_ERROR:
+
+help: ## say what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.installed-demo ## train a small GPT on the embedded corpus and value every document of it
+	$(BIN)/assay demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## run every test and doctest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed-dev ## put the code into the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.installed-dev ## check the types
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev ## measure what assay adds to a training step on this machine
+	$(BIN)/assay bench overhead $(ARGS)
+
+clean: ## remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build
+
+# A stamp is newer than the two files that say what to install, or the install runs again.
+# The build backend comes from constraints.txt too: without build isolation nothing unpinned is fetched.
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.python
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	touch $@

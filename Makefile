@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint format types bench docs clean
+.PHONY: help demo test lint format types docs bench constraints clean
 .DELETE_ON_ERROR:
 
 help: ## say what each target does
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.installed-demo ## train a small GPT on the embedded corpus and value every document of it
 	$(BIN)/assay demo $(ARGS)
@@ -30,8 +30,17 @@ format: $(VENV)/.installed-dev ## put the code into the house format
 types: $(VENV)/.installed-dev ## check the types
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed-dev ## measure what assay adds to a training step on this machine
 	$(BIN)/assay bench overhead $(ARGS)
+
+constraints: ## pin the newest versions that pyproject.toml allows, with torch as it is pinned now
+	rm -rf build/pin && $(PYTHON) -m venv build/pin
+	grep '^torch==' constraints.txt > build/torch.txt
+	build/pin/bin/python -m pip install --quiet --constraint build/torch.txt '.[dev,docs,store]'
+	build/pin/bin/python scripts/pin.py > build/constraints.txt && mv build/constraints.txt constraints.txt
 
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,98 @@
+"""The package as it is installed: what it imports, what it ships, and that it says what it offers."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import assay
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {
+    "jinja2",
+    "plotly",
+    "pydantic",
+    "scipy",
+    "sklearn",
+    "tensorstore",
+    "tokenizers",
+    "transformers",
+    "yaml",
+}
+
+
+def python(code: str) -> str:
+    """Run `code` in an interpreter of its own, with warnings as errors, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_takes_less_than_a_second_beyond_torch() -> None:
+    code = "import torch, time; start = time.perf_counter(); import assay; print(time.perf_counter() - start)"
+    assert statistics.median(float(python(code)) for _ in range(3)) < 1.0
+
+
+def test_import_leaves_the_extras_alone() -> None:
+    code = "import sys, torch; before = set(sys.modules); import assay; print(*set(sys.modules) - before)"
+    imported = {name.partition(".")[0] for name in python(code).split()}
+    assert "assay" in imported
+    assert imported & OPTIONAL == set()
+
+
+MODULES = ["assay", *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay."))]
+
+
+def members(owner: Any) -> Iterator[tuple[str, Any]]:
+    """The public functions, methods and properties that `owner` (a class) defines itself."""
+    for name, member in vars(owner).items():
+        member = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            yield name, member
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+def test_public_names_are_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    for public in (getattr(module, public) for public in getattr(module, "__all__", [])):
+        if not (inspect.isclass(public) or inspect.isfunction(public)):
+            continue
+        assert public.__doc__, f"{name}: {public.__name__} has no docstring"
+        for method, member in members(public) if inspect.isclass(public) else ():
+            assert member.__doc__, f"{name}: {public.__name__}.{method} has no docstring"
+
+
+def test_the_interface_is_public() -> None:
+    for name in assay.__all__:
+        assert hasattr(assay, name)
+
+
+def test_wheel_ships_everything_that_lies_in_the_package(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("assay-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if name.startswith("assay/")}
+        metadata = archive.read(f"assay-{assay.__version__}.dist-info/METADATA").decode()
+    source = ROOT / "src"
+    lies_there = {
+        path.relative_to(source).as_posix()
+        for path in (source / "assay").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "assay/py.typed" in shipped
+    assert shipped == lies_there
+    assert "License-Expression: Apache-2.0" in metadata

@@ -30,7 +30,7 @@ format: $(VENV)/.installed-dev ## put the code into the house format
 types: $(VENV)/.installed-dev ## check the types
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the documentation into site/
+docs: $(VENV)/.installed-dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-dev ## measure what assay adds to a training step on this machine
@@ -39,7 +39,7 @@ bench: $(VENV)/.installed-dev ## measure what assay adds to a training step on t
 constraints: ## pin the newest versions that pyproject.toml allows, with torch as it is pinned now
 	rm -rf build/pin && $(PYTHON) -m venv build/pin
 	grep '^torch==' constraints.txt > build/torch.txt
-	build/pin/bin/python -m pip install --quiet --constraint build/torch.txt '.[dev,docs,store]'
+	build/pin/bin/python -m pip install --quiet --constraint build/torch.txt '.[dev,store]'
 	build/pin/bin/python scripts/pin.py > build/constraints.txt && mv build/constraints.txt constraints.txt
 
 clean: ## remove the virtual environment and every cache

@@ -1,0 +1,114 @@
+"""Inner products of per-sample weight gradients with known directions, and which way of forming them is cheaper.
+
+For one linear layer with T positions per sample, widths d → p and n directions G `[n, p, d]`:
+
+* *batched*: every sample's gradient `b_iᵀ a_i` by one GEMM, summed to the weight gradient and dotted with G. It
+  replaces the layer's own weight-gradient GEMM; what it adds is memory traffic, `B·p·d` entries.
+* *directional*: the output's change `a Gᵀ` along G, dotted with the output's gradient: one more GEMM per direction.
+
+The batched form works through a few samples at a time, so that their gradients stay in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from assay.capture.layout import Layout
+
+__all__ = ["CostModel", "directional", "per_sample_products", "weight_gradient_and_products"]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds per elementary piece of work, and the memory that one block of per-sample gradients may take.
+
+    The defaults were measured on two cores of a server CPU by `benchmarks/contractions.py`.
+    """
+
+    per_entry: float = 0.35e-9  # a per-sample gradient entry written, summed and dotted once
+    per_flop: float = 5.8e-12  # one floating-point operation inside a GEMM
+    block_bytes: int = 4 << 20  # per-sample gradients of one block: about the cache of the cores
+
+    def batched(self, batch: int, p: int, d: int, targets: int) -> float:
+        """Extra seconds of the batched form over the weight-gradient GEMM that it replaces."""
+        return batch * p * d * self.per_entry * (1 + 0.3 * (targets - 1))
+
+    def directional(self, batch: int, positions: int, p: int, d: int, targets: int) -> float:
+        """Extra seconds of the directional form."""
+        return targets * batch * positions * (2 * p * d * self.per_flop + 2 * p * self.per_entry)
+
+    def samples_per_block(self, p: int, d: int, itemsize: int, device_type: str) -> int:
+        """How many samples' gradients to form at once."""
+        room = self.block_bytes if device_type == "cpu" else 64 * self.block_bytes
+        return max(1, room // (p * d * itemsize))
+
+
+COST = CostModel()
+
+
+@lru_cache(maxsize=4096)
+def batched_is_cheaper(batch: int, positions: int, p: int, d: int, targets: int) -> bool:
+    """Whether the batched form beats the directional one where the weight gradient is needed as well."""
+    return COST.batched(batch, p, d, targets) <= COST.directional(batch, positions, p, d, targets)
+
+
+def directional(moved: list[Tensor], b: Tensor, layout: Layout) -> Tensor:
+    """`[targets, B]`: ⟨∂L/∂y_i, y'_i⟩ for output changes `moved`, each of b's shape."""
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return torch.stack([layout.per_sample_sum(y.to(wide) * b) for y in moved])
+
+
+def per_sample_products(a: Tensor, b: Tensor, layout: Layout, directions: Tensor) -> Tensor:
+    """`[targets, B]`: ⟨Σ_t b_it ⊗ a_it, G_n⟩ where the weight gradient itself is not wanted.
+
+    Args:
+        a: `[…, d]` activations.
+        b: `[…, p]` gradients of the output.
+        layout: where the samples are in b (and in a).
+        directions: `[targets, p, d]`.
+    """
+    G = directions.to(a.dtype)
+    moved = [(a @ g.t()) for g in G]
+    return directional(moved, b, layout)
+
+
+def weight_gradient_and_products(
+    a: Tensor, b: Tensor, layout: Layout, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weight gradient `[p, d]` and `[targets, B]` inner products, by the cheaper of the two forms."""
+    d, p = a.shape[-1], b.shape[-1]
+    batch = layout.batch
+    positions = b.numel() // max(p * batch, 1)
+    regular = layout.labels is None and layout.dim < b.dim() - 1
+    if not regular or not batched_is_cheaper(batch, positions, p, d, directions.shape[0]):
+        return b.reshape(-1, p).t() @ a.reshape(-1, d), per_sample_products(a, b, layout, directions)
+    a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
+    return _batched(a, b, directions)
+
+
+def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of per-sample gradients, summed and dotted while they are in the cache.
+
+    Args:
+        a: `[B, T, d]`.
+        b: `[B, T, p]`.
+        directions: `[targets, p, d]`.
+    """
+    batch, d, p = a.shape[0], a.shape[2], b.shape[2]
+    wide = torch.promote_types(a.dtype, torch.float32)
+    total = torch.zeros(p * d, dtype=wide, device=a.device)
+    G = directions.reshape(-1, p * d).t().to(wide)  # [p·d, targets]
+    products = torch.empty(batch, G.shape[1], dtype=wide, device=a.device)
+    block = min(batch, COST.samples_per_block(p, d, a.element_size(), a.device.type))
+    room = torch.empty(block, p, d, dtype=a.dtype, device=a.device)
+    for start in range(0, batch, block):  # a few iterations: one per cache-full of gradients
+        stop = min(start + block, batch)
+        g = torch.bmm(b[start:stop].transpose(1, 2), a[start:stop], out=room[: stop - start])
+        flat = g.view(stop - start, -1).to(wide)
+        total += flat[0] if stop - start == 1 else flat.sum(0)
+        torch.mm(flat, G, out=products[start:stop])
+    return total.view(p, d).to(a.dtype), products.t()

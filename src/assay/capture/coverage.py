@@ -1,0 +1,56 @@
+"""Which operations used each parameter, and by which rule its per-sample gradients were formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import polars as pl
+from torch import Tensor
+from torch.nn import Parameter
+
+__all__ = ["Coverage"]
+
+
+@dataclass
+class Coverage:
+    """Collects the uses of parameters, by parameter.
+
+    Args:
+        names: every parameter that is watched, with its name.
+        left_out: the other parameters of the model, name → (entries, why).
+    """
+
+    names: Mapping[Parameter, str]
+    left_out: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    uses: dict[Parameter, dict[str, int]] = field(default_factory=dict)
+
+    def note(self, params: Iterable[Parameter], operation: str, rule: str, y: Tensor) -> None:
+        """Enter one use."""
+        how = operation if rule == operation else f"{operation} ({rule})"
+        for param in params:
+            counts = self.uses.setdefault(param, {})
+            counts[how] = counts.get(how, 0) + 1
+
+    def frame(self) -> pl.DataFrame:
+        """One row per parameter: `parameter, entries, percent, status, operations`.
+
+        `status` is "exact", "unused" (no sample used it so far), "excluded", "frozen" or "not optimized".
+        """
+        rows = [
+            (name, param.numel(), "exact" if param in self.uses else "unused", ", ".join(self.uses.get(param, {})))
+            for param, name in self.names.items()
+        ]
+        rows += [(name, entries, why, "") for name, (entries, why) in self.left_out.items()]
+        total = max(sum(entries for _, entries, _, _ in rows), 1)
+        return pl.DataFrame(
+            [(n, e, 100 * e / total, s, o) for n, e, s, o in rows],
+            schema={
+                "parameter": pl.String,
+                "entries": pl.Int64,
+                "percent": pl.Float64,
+                "status": pl.String,
+                "operations": pl.String,
+            },
+            orient="row",
+        )

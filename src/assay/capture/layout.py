@@ -1,0 +1,110 @@
+"""Where the samples live in a tensor: which dimension, and which of its rows belongs to which sample.
+
+A micro-batch enters the model with one sample per row of dimension 0. Inside, rows are flattened (`[B, T, d]` to
+`[B·T, d]`), moved (`[T, B, d]`), cut and joined. A `Layout` follows one tensor through that, so that a gradient can
+be summed over exactly the entries that belong to a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Sample `(r // inner) % batch` owns row `r` of dimension `dim`; with `labels`, sample `labels[r]` does.
+
+    Args:
+        dim: the dimension (non-negative) that carries the samples.
+        batch: B, the number of samples in the micro-batch.
+        inner: consecutive rows of one sample: T after `[B, T, d]` was flattened to `[B·T, d]`.
+        labels: `[rows]` sample indices, for rows in no regular order (cut, joined or routed).
+
+    Example:
+        >>> Layout(0, batch=2).reshaped((2, 3, 5), (6, 5))
+        Layout(dim=0, batch=2, inner=3, labels=None)
+        >>> Layout(0, batch=2, inner=3).per_sample_sum(torch.ones(6, 5)).tolist()
+        [15.0, 15.0]
+    """
+
+    dim: int
+    batch: int
+    inner: int = 1
+    labels: Tensor | None = None
+
+    def same_as(self, other: Layout) -> bool:
+        """Whether both say the same of a tensor."""
+        if (self.dim, self.batch, self.inner) != (other.dim, other.batch, other.inner):
+            return False
+        if self.labels is None or other.labels is None:
+            return self.labels is other.labels
+        return self.labels is other.labels or (
+            self.labels.shape == other.labels.shape and bool((self.labels == other.labels).all())
+        )
+
+    def at(self, dim: int) -> Layout:
+        """The same rows, now at dimension `dim`."""
+        return Layout(dim, self.batch, self.inner, self.labels)
+
+    def row_labels(self, rows: int, device: torch.device) -> Tensor:
+        """`[rows]`: the sample that owns each row."""
+        if self.labels is not None:
+            return self.labels
+        return torch.arange(rows, device=device).div(self.inner, rounding_mode="floor") % self.batch
+
+    def labelled(self, dim: int, labels: Tensor) -> Layout:
+        """Rows in an order of their own."""
+        return Layout(dim, self.batch, 1, labels)
+
+    def reshaped(self, old: Sequence[int], new: Sequence[int]) -> Layout | None:
+        """The layout after a row-major reshape from `old` to `new`; None where the sample axis is broken up."""
+        rest = prod(old[self.dim + 1 :])
+        unit = self.inner * rest  # consecutive elements that belong to one sample
+        if self.labels is not None:
+            for dim, size in enumerate(new):
+                if size == old[self.dim] and prod(new[dim + 1 :]) == rest:
+                    return self.at(dim)
+            return None
+        for dim, size in enumerate(new):
+            after = prod(new[dim + 1 :])
+            if after and unit % after == 0 and (after * size) % (unit * self.batch) == 0 and size >= self.batch:
+                return Layout(dim, self.batch, unit // after)
+        return None
+
+    def is_sample_major(self, rows: int) -> bool:
+        """Whether the rows of dimension 0 are sample 0's, then sample 1's, …: a plain reshape groups them."""
+        return self.dim == 0 and self.labels is None and rows == self.batch * self.inner
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """`[B, rows of a sample, …]`: the sample dimension first, the rows of one sample together.
+
+        Only for regular layouts; irregular ones have unequal numbers of rows per sample.
+        """
+        if self.dim != 0:
+            x = x.movedim(self.dim, 0)
+        rows = x.shape[0]
+        if rows == self.batch * self.inner:
+            return x.reshape(self.batch, self.inner, *x.shape[1:])
+        x = x.reshape(-1, self.batch, self.inner, *x.shape[1:])  # [outer, B, inner, …]
+        return x.movedim(0, 1).flatten(1, 2)
+
+    def per_sample_sum(self, x: Tensor, keep: int = 0) -> Tensor:
+        """`[B, *last keep dimensions]`: the sum of a sample's entries of `x`."""
+        if self.labels is None:
+            if self.dim == 0 and self.inner * self.batch == x.shape[0]:
+                x = x.reshape(self.batch, -1, *x.shape[x.dim() - keep :])
+            else:
+                x = self.grouped(x)
+                x = x.reshape(self.batch, -1, *x.shape[x.dim() - keep :])
+            return x.sum(1)
+        x = x.movedim(self.dim, 0)
+        x = x.reshape(x.shape[0], -1, *x.shape[x.dim() - keep :]).sum(1)
+        out = x.new_zeros(self.batch, *x.shape[1:])
+        return out.index_add_(0, self.labels, x)

@@ -1,0 +1,113 @@
+"""What the capture knows of a tensor: it carries samples, it is a function of parameters alone, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn import Parameter
+
+from assay.capture.layout import Layout
+
+__all__ = ["CONSTANT", "MIXED", "Constant", "Data", "Directions", "Mark", "Weight"]
+
+# parameter -> [targets, *parameter.shape]: the direction G along which per-sample gradients are measured
+Directions = Mapping[Parameter, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A tensor that depends on the samples; `layout` is None where its entries mix them (a loss, a mean)."""
+
+    layout: Layout | None
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor that depends on neither samples nor trainable parameters."""
+
+
+@dataclass(eq=False)
+class Weight:
+    """A tensor computed from parameters (and constants) alone: the parameter itself, its transpose, `1 + w`, ….
+
+    A sample that used the parameter moved by c·G used this tensor moved by c·G', with G' the derivative of the
+    computation along G; `push` is that derivative. So a rule for an operation needs to know only G'.
+
+    Args:
+        params: the parameters that it depends on.
+        push: from directions of the parameters to `{group: [targets, *shape]}`, one entry per parameter group.
+    """
+
+    params: tuple[Parameter, ...]
+    push: Callable[[Directions], dict[int, Tensor]]
+    operations: set[str] = field(default_factory=set)
+
+
+Mark = Data | Constant | Weight
+
+CONSTANT = Constant()
+MIXED = Data(None)
+
+
+def leaf(param: Parameter, group: int) -> Weight:
+    """The mark of a parameter itself."""
+    return Weight((param,), lambda directions: {group: directions[param]})
+
+
+def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[int, Weight]) -> Weight:
+    """The mark of `call(*operands)` where the operands at the keys of `weights` carry those marks, and no other
+    operand depends on a sample.
+
+    The derivative is taken by forward-mode differentiation when a direction is pushed, so that an operation which
+    nobody looks at costs nothing.
+    """
+    params = tuple(dict.fromkeys(p for mark in weights.values() for p in mark.params))
+    primals = [operand.detach() for operand in operands]
+
+    def push(directions: Directions) -> dict[int, Tensor]:
+        pushed = {i: mark.push(directions) for i, mark in weights.items()}
+        groups = sorted({group for tangents in pushed.values() for group in tangents})
+        return {group: _jvp(call, primals, {i: t[group] for i, t in pushed.items() if group in t}) for group in groups}
+
+    return Weight(params, push)
+
+
+def _jvp(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:
+    """`[targets, *shape]`: the derivative of `call` along the tangents `[targets, *operand.shape]`."""
+    targets = next(iter(tangents.values())).shape[0]
+    return torch.stack(
+        [directional_derivative(call, primals, {i: t[n] for i, t in tangents.items()}) for n in range(targets)]
+    )
+
+
+def directional_derivative(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:
+    """The derivative of `call(*primals)` along one tangent for each operand named.
+
+    By forward-mode differentiation; where an operation has no forward-mode formula, by differentiating its backward
+    pass, which is linear in the output gradient (the double-backward trick).
+    """
+    tangents = {i: tangent.to(primals[i].dtype) for i, tangent in tangents.items()}
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(primal, tangents[i]) if i in tangents else primal
+                for i, primal in enumerate(primals)
+            ]
+            primal, tangent = forward_ad.unpack_dual(call(*duals))
+        return torch.zeros_like(primal) if tangent is None else tangent
+    except NotImplementedError:
+        return _double_backward(call, primals, tangents)
+
+
+def _double_backward(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:
+    with torch.enable_grad():
+        moved = {i: primals[i].detach().requires_grad_() for i in tangents}
+        y = call(*(moved.get(i, primal) for i, primal in enumerate(primals)))
+        v = torch.zeros_like(y, requires_grad=True)
+        pulled = torch.autograd.grad(y, list(moved.values()), v, create_graph=True)  # Jᵀv, linear in v
+        (tangent,) = torch.autograd.grad(pulled, v, [tangents[i] for i in moved])
+    return tangent.detach()

@@ -1,0 +1,326 @@
+"""The capture: sees every torch function of a training step and watches those that bring weights and samples together.
+
+While it is active, each call is sorted by what its operands are:
+
+* no weight: run it, and follow where the samples go (`track`);
+* weights but no sample: run it; the result is a weight again, with its own derivative (`marks.derive`);
+* both: a use. The rule of the operation (`operations`) runs the call and reads, in the backward pass, the weights'
+  per-sample gradients from the gradient of the output (`probe`, `factors`).
+
+A use for which no exact rule exists is refused by name. Nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+from assay.capture.call import RULES, Call
+from assay.capture.coverage import Coverage
+from assay.capture.factors import Factors
+from assay.capture.layout import Layout
+from assay.capture.marks import CONSTANT, MIXED, Constant, Data, Directions, Mark, Weight, derive, leaf
+from assay.capture.operations import general_rule
+from assay.capture.operations.general import operands
+from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
+from assay.capture.track import follow
+from assay.errors import CoverageError
+
+__all__ = ["Capture", "Weights"]
+
+
+class Weights:
+    """The parameters whose per-sample gradients are wanted, each with its name and its group.
+
+    A group is a set of parameters whose scores may be added before the optimizer's scale is known (the optimizer's
+    parameter groups).
+
+    Args:
+        named: name and parameter.
+        groups: group index of each parameter.
+        constants: further tensors of the model that carry no sample (buffers).
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Parameter]],
+        groups: Mapping[Parameter, int],
+        constants: Iterable[Tensor] = (),
+    ) -> None:
+        self.names = {param: name for name, param in named}
+        self.groups = {param: groups[param] for param in self.names}
+        self.marks = {id(param): leaf(param, self.groups[param]) for param in self.names}
+        self.constants = {id(tensor) for tensor in constants}
+        self.number_of_groups = max(self.groups.values(), default=0) + 1
+
+    @property
+    def params(self) -> list[Parameter]:
+        """The parameters, in order."""
+        return list(self.names)
+
+
+class Capture(TorchFunctionMode):
+    """Watches one micro-batch: active from before the forward pass until after the backward pass.
+
+    Args:
+        weights: the parameters to watch.
+        batch: B, the number of samples.
+        directions: `{parameter: [targets, *shape]}` along which per-sample gradients are measured; None measures
+            nothing now.
+        keep: keep the factored gradients in `kept`, for a contraction later.
+        strict: leave torch's own weight gradients untouched, bit for bit.
+        coverage: where uses are noted.
+
+    Attributes:
+        probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
+        kept: the factored gradients, if `keep`.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        batch: int,
+        directions: Directions | None = None,
+        *,
+        keep: bool = False,
+        strict: bool = False,
+        coverage: Coverage | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights, self.batch, self.directions = weights, batch, directions
+        self.keeps, self.strict = keep, strict
+        self.coverage = coverage if coverage is not None else Coverage(weights.names)
+        self.kept: list[tuple[Weight, Factors]] = []
+        some = next(iter(weights.params))
+        targets = next(iter(directions.values())).shape[0] if directions else 1
+        dtype = torch.promote_types(some.dtype, torch.float32)
+        shape = (weights.number_of_groups, targets, batch)
+        self.probe = torch.zeros(shape, dtype=dtype, device=some.device, requires_grad=True)
+        self.uses = 0
+        self._token = object()
+        self._pushed: dict[Weight, dict[int, Tensor]] = {}
+
+    # --- every call ---
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run `func`, seen as the module's text says."""
+        kwargs = kwargs or {}
+        if func is Tensor.backward or func is torch.autograd.backward:
+            return self._backward(*args, **kwargs)
+        tensors = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
+        marks = [self.mark_of(t) for t in tensors]
+        if not torch.is_grad_enabled():
+            marks = [CONSTANT if isinstance(mark, Weight) else mark for mark in marks]
+        used = [mark for mark in marks if isinstance(mark, Weight)]
+        if used and any(isinstance(mark, Data) for mark in marks):
+            return self._use(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._set(out, self._mark_result(func, args, kwargs, tensors, marks, out, 0, None))
+        elif isinstance(out, (tuple, list)):
+            for position, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    mark = self._mark_result(func, args, kwargs, tensors, marks, part, position, out)
+                    self._set(part, mark)
+        return out
+
+    def _backward(
+        self,
+        tensors: Tensor | Sequence[Tensor],
+        gradients: Tensor | Sequence[Tensor | None] | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Tensor | Sequence[Tensor] | None = None,
+        **others: Any,
+    ) -> None:
+        """`torch.autograd.backward`, with the capture still active: checkpointing runs forward passes inside it.
+
+        The engine is called directly because both public spellings would hand the call straight back here.
+        """
+        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        given = (gradients,) * len(roots) if gradients is None or isinstance(gradients, Tensor) else gradients
+        seeds = tuple(_seed(root, g) for root, g in zip(roots, others.get("grad_tensors") or given, strict=True))
+        leaves = () if inputs is None else ((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+        if leaves:
+            leaves = (*leaves, self.probe)
+        keep = create_graph if retain_graph is None else retain_graph
+        with self:
+            torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+                roots, seeds, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
+            )
+
+    def _use(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = Call(self, func, _name(func), args, kwargs)
+        rule = RULES.get(func)
+        out = rule(call) if rule is not None else NotImplemented
+        if out is NotImplemented:
+            out = general_rule(call)
+        if isinstance(out, Tensor) and not isinstance(self._known(out), Data):
+            self._set(out, Data(self.layout_of(call, out)))
+        return out
+
+    def _mark_result(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        marks: list[Mark],
+        out: Tensor,
+        position: int,
+        parts: Sequence[Any] | None,
+    ) -> Mark:
+        data = [(t, m.layout) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Data)]
+        if data:
+            if self.batch == 1:
+                return Data(Layout(0, 1, inner=out.shape[0])) if out.dim() else MIXED
+            layout = follow(_name(func), data, args, kwargs, out, position)
+            return MIXED if layout is None else Data(layout)
+        weights = {i: mark for i, mark in enumerate(marks) if isinstance(mark, Weight)}
+        if not weights or not out.requires_grad:
+            return CONSTANT
+        _, rebuild = operands(args, kwargs)
+
+        def again(*values: Tensor) -> Tensor:
+            new_args, new_kwargs = rebuild(list(values))
+            result = func(*new_args, **new_kwargs)
+            return result if parts is None else result[position]  # type: ignore[no-any-return]
+
+        return derive(again, tensors, weights)
+
+    # --- what is known of a tensor ---
+
+    def mark_of(self, tensor: Tensor) -> Mark:
+        """What is known of a tensor; one that was never seen carries samples if its first dimension has B rows."""
+        known = self._known(tensor)
+        if known is not None:
+            return known
+        weight = self.weights.marks.get(id(tensor))
+        if weight is not None:
+            return weight
+        if isinstance(tensor, Parameter) or id(tensor) in self.weights.constants:
+            return CONSTANT
+        if self.batch == 1:
+            return Data(Layout(0, 1, inner=tensor.shape[0])) if tensor.dim() else CONSTANT
+        if tensor.dim() and tensor.shape[0] == self.batch:
+            return Data(Layout(0, self.batch))
+        return CONSTANT
+
+    def _known(self, tensor: Tensor) -> Mark | None:
+        tagged = getattr(tensor, "_assay", None)
+        return tagged[1] if tagged is not None and tagged[0] is self._token else None
+
+    def _set(self, tensor: Tensor, mark: Mark) -> None:
+        if id(tensor) not in self.weights.marks:
+            tensor._assay = (self._token, mark)  # type: ignore[attr-defined]
+
+    def layout_of(self, call: Call, out: Tensor) -> Layout | None:
+        """Where the samples are in the result of a call."""
+        if self.batch == 1:
+            return Layout(0, 1, inner=out.shape[0]) if out.dim() else None
+        tensors = [t for value in (*call.args, *call.kwargs.values()) for t in _tensors(value)]
+        data = [(t, mark.layout) for t in tensors if isinstance(mark := self.mark_of(t), Data)]
+        return follow(call.name, data, call.args, call.kwargs, out)
+
+    def layout_by_shape(self, call: Call) -> Layout | None:
+        """`layout_of` for an elementwise call of two operands, before its result exists."""
+        pair = [t for t in call.args[:2] if isinstance(t, Tensor)]
+        layouts = [(t, m.layout) for t in pair if isinstance(m := self.mark_of(t), Data) and m.layout is not None]
+        if len(layouts) != 1:
+            return None
+        (x, layout) = layouts[0]
+        other = max((t.dim() for t in pair), default=0)
+        return layout.at(layout.dim + max(other - x.dim(), 0))
+
+    # --- uses ---
+
+    def observe(self, call: Call, y: Tensor, explain: Explain, saved: Sequence[Tensor]) -> Tensor:
+        """`y` under a node that reads its gradient; see `Call.observe`."""
+        layout = self.layout_of(call, y)
+        watch = ObserveInPlace if call.in_place else Observe
+        tensors, _ = operands(call.args, call.kwargs)
+        weights = tuple(mark for t in tensors if isinstance(mark := self.mark_of(t), Weight))
+        if y.requires_grad:
+            y = watch.apply(y, self.probe, Use(self, explain), *saved)
+        return self.note(call, weights, y, layout, call.name)
+
+    def note(
+        self, call: Call, weights: Iterable[Weight | None], y: Tensor, layout: Layout | None, rule: str
+    ) -> Tensor:
+        """Mark the result of a use, and enter the use in the coverage."""
+        self.uses += 1
+        for weight in weights:
+            if weight is not None:
+                self.coverage.note(weight.params, call.name, rule, y)
+        self._set(y, MIXED if layout is None else Data(layout))
+        return y
+
+    def refuse(self, call: Call, weights: Iterable[Weight], reason: str) -> None:
+        """Raise the error that names the parameters of a use that cannot be followed."""
+        names = ", ".join(dict.fromkeys(self.names_of(weight) for weight in weights))
+        raise CoverageError(
+            f"parameter {names} meets the samples in `{call.name}`, whose per-sample gradients cannot be formed: {reason}. "
+            f"Pass exclude=[{names!r}] to leave it out of the scores (they are then partial), or rewrite the operation."
+        )
+
+    def names_of(self, weight: Weight | None) -> str:
+        """The names of the parameters behind a weight."""
+        return ", ".join(self.weights.names[param] for param in weight.params) if weight is not None else "?"
+
+    def directions_of(self, weight: Weight) -> dict[int, Tensor]:
+        """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight."""
+        if self.directions is None:
+            return {}
+        if weight not in self._pushed:
+            self._pushed[weight] = weight.push(self.directions)
+        return self._pushed[weight]
+
+    def record(self, uses: list[tuple[Weight, Factors]], like: Tensor) -> Tensor:
+        """`[groups, targets, B]`: the inner products of these uses; the factors are kept if asked for."""
+        scores = torch.zeros_like(like)
+        for weight, factors in uses:
+            if self.keeps:
+                self.kept.append((weight, factors))
+            for group, directions in self.directions_of(weight).items():
+                scores[group] += factors.dot(directions)
+        return scores
+
+
+def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: Tensor) -> Tensor:
+    """`[groups, targets, B]`: the inner products of kept gradients with directions that became known later."""
+    scores = torch.zeros_like(like)
+    for weight, factors in kept:
+        for group, pushed in weight.push(directions).items():
+            scores[group] += factors.dot(pushed)
+    return scores
+
+
+def _seed(root: Tensor, gradient: Tensor | None) -> Tensor | None:
+    if gradient is not None or not root.requires_grad:
+        return gradient
+    if root.numel() != 1:
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    return torch.ones_like(root, memory_format=torch.preserve_format)
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            if isinstance(part, Tensor):
+                yield part
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":  # a property: x.T, x.mT, x.real, …
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name

@@ -1,0 +1,6 @@
+"""One short file per kind of operation: how a weight's per-sample gradients are read from its output's gradient."""
+
+from assay.capture.operations import convolution, elementwise, embedding, linear, norm
+from assay.capture.operations.general import general_rule
+
+__all__ = ["convolution", "elementwise", "embedding", "general_rule", "linear", "norm"]

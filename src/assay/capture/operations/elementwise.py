@@ -1,0 +1,109 @@
+"""Scale and shift by a weight that broadcasts over the samples: hand-written norms, LayerScale, position embeddings.
+
+Written for the weight expanded to every sample: y = x·w gives g_i = Σ_t gy·x, y = x + w gives g_i = Σ_t gy, summed
+down to the shape of w.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.capture.call import Call, rule
+from assay.capture.factors import Dense
+from assay.capture.layout import Layout
+from assay.capture.marks import Weight
+
+
+@rule(torch.add, Tensor.add, Tensor.add_, Tensor.__radd__, Tensor.__iadd__)
+def add(call: Call) -> Any:
+    """`x + alpha·w` or `w + alpha·x`."""
+    alpha = call.kwargs.get("alpha", 1)
+    return _shift(call, (1, alpha))
+
+
+@rule(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__isub__)
+def sub(call: Call) -> Any:
+    """`x − alpha·w` or `w − alpha·x`."""
+    return _shift(call, (1, -call.kwargs.get("alpha", 1)))
+
+
+@rule(torch.rsub, Tensor.__rsub__)
+def rsub(call: Call) -> Any:
+    """`other − self`."""
+    return _shift(call, (-call.kwargs.get("alpha", 1), 1))
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__rmul__)
+def mul(call: Call) -> Any:
+    """`x·w` in either order."""
+    pair = _data_and_weight(call)
+    if pair is None:
+        return NotImplemented
+    x, weight, mark, _ = pair
+    y = call.run()
+    layout = call.capture.layout_of(call, y)
+    if layout is None or not _broadcasts(weight, layout, y):
+        return NotImplemented
+    shape = tuple(weight.shape)
+
+    def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Dense]]:
+        return [(mark, Dense(_sum_to(gy * saved[0], layout, shape)))]
+
+    return call.observe(y, explain, x)
+
+
+def _shift(call: Call, signs: tuple[float, float]) -> Any:
+    pair = _data_and_weight(call)
+    if pair is None:
+        return NotImplemented
+    _, weight, mark, position = pair
+    layout = call.capture.layout_by_shape(call)
+    shape = tuple(weight.shape)
+    if layout is None or not _broadcasts(weight, layout, call.args[1 - position]):
+        return NotImplemented
+    sign = signs[position]
+
+    def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Dense]]:
+        total = _sum_to(gy, layout, shape)
+        return [(mark, Dense(total if sign == 1 else total * sign))]
+
+    return call.observe(call.run(), explain)
+
+
+def _data_and_weight(call: Call) -> tuple[Tensor, Tensor, Weight, int] | None:
+    """The operand with the samples, the weight, its mark and its position."""
+    args = call.args if len(call.args) > 1 else (*call.args, *call.kwargs.values())
+    for position in (0, 1):
+        weight, x = args[position], args[1 - position]
+        mark = call.weight(weight)
+        if mark is not None and call.layout(x) is not None:
+            return x, weight, mark, position
+    return None
+
+
+def _broadcasts(weight: Tensor, layout: Layout, y: Tensor) -> bool:
+    """Whether every sample uses all of the weight: it has no extent along the samples' own dimension."""
+    dim = layout.dim - y.dim() + weight.dim()
+    return weight.dim() <= y.dim() and (dim < 0 or weight.shape[dim] == 1)
+
+
+def _sum_to(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """`[B, *shape]`: x summed over a sample's rows and over the dimensions that broadcasting added."""
+    trailing = 0  # dimensions, from the right, over which w varies: kept as they are
+    for size in reversed(shape):
+        if x.dim() - 1 - trailing == layout.dim or x.shape[x.dim() - 1 - trailing] != size:
+            break
+        trailing += 1
+    if all(size == 1 for size in shape[: len(shape) - trailing]):
+        return layout.per_sample_sum(x, keep=trailing).reshape(layout.batch, *shape)
+    whole = x.dim() - layout.dim - 1  # keep all dimensions after the samples', then reduce one by one
+    if layout.dim > 0:
+        x = x.movedim(layout.dim, 0)
+        layout, whole = layout.at(0), x.dim() - 1
+    x = layout.per_sample_sum(x, keep=whole)  # [B, …]
+    padded = (1,) * (x.dim() - 1 - len(shape)) + shape
+    dims = [d + 1 for d, size in enumerate(padded) if size == 1 and x.shape[d + 1] != 1]
+    return (x.sum(dims) if dims else x).reshape(layout.batch, *shape)

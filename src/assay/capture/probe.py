@@ -1,0 +1,148 @@
+"""A score is the gradient of a probe (the autograd side of the capture).
+
+For y = x Wᵀ let sample i use the weights W + c_i·G. Then ∂L/∂c_i at c = 0 is ⟨g_i, G⟩. Each use of a weight takes an
+extra input `probe` `[groups, targets, B]`, zeros that nothing reads, and returns the per-sample inner products of
+this use as the probe's gradient; autograd sums them over all uses. Nothing is stored on the side, so the mechanism
+composes with activation checkpointing, autocast and accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from assay.capture.contraction import weight_gradient_and_products
+from assay.capture.factors import Dense, Factors, Outer
+from assay.capture.layout import Layout
+from assay.capture.marks import Weight
+
+__all__ = ["Observe", "ObserveInPlace", "ObservedLinear", "Recorder", "Use"]
+
+# what the gradient of an operation's output and its saved tensors say of the weights it used
+Explain = Callable[[Tensor, Sequence[Tensor]], list[tuple[Weight, Factors]]]
+
+
+class Recorder(Protocol):
+    """What is done with the factored gradients of a use; `capture.Capture` is the one implementation."""
+
+    def record(self, uses: list[tuple[Weight, Factors]], like: Tensor) -> Tensor:
+        """`[groups, targets, B]`: the gradient of the probe for these uses."""
+        ...
+
+    def directions_of(self, weight: Weight) -> dict[int, Tensor]:
+        """`{group: [targets, *weight.shape]}`."""
+        ...
+
+    @property
+    def keeps(self) -> bool:
+        """Whether factored gradients are kept for a later contraction."""
+        ...
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of weights by one operation: how its factored gradients come out, and who wants them."""
+
+    recorder: Recorder
+    explain: Explain
+
+
+class Observe(torch.autograd.Function):
+    """Passes `y` on; in the backward pass reads the output's gradient and answers through the probe."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probe: Tensor, use: Use, *saved: Tensor) -> Tensor:
+        """`y` itself, under a new autograd node."""
+        ctx.use, ctx.like = use, probe
+        ctx.save_for_backward(*saved)
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient unchanged for `y`, the scores for the probe."""
+        saved = ctx.saved_tensors  # under the capture: reading them may run a checkpoint's forward pass again
+        with torch._C.DisableTorchFunction():
+            uses = ctx.use.explain(gy, saved)
+            scores = ctx.use.recorder.record(uses, ctx.like)
+        return (gy, scores, None, *(None for _ in saved))
+
+
+class ObserveInPlace(torch.autograd.Function):
+    """`Observe` for a function that wrote its result into `y`: the caller goes on using that very tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probe: Tensor, use: Use, *saved: Tensor) -> Tensor:
+        """`y` itself, its history extended."""
+        ctx.mark_dirty(y)
+        ctx.use, ctx.like = use, probe
+        ctx.save_for_backward(*saved)
+        return y
+
+    backward = Observe.backward
+
+
+class ObservedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b that forms the weight gradient itself, so that the scores ride on the same GEMM."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        probe: Tensor,
+        recorder: Recorder,
+        marks: tuple[Weight | None, Weight | None],
+        layout: Layout,
+        transposed: bool,
+    ) -> Tensor:
+        """`[…, p]` from x `[…, d]`; weight `[p, d]`, or `[d, p]` if transposed."""
+        ctx.recorder, ctx.marks, ctx.layout, ctx.transposed, ctx.like = recorder, marks, layout, transposed, probe
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, W and b as autograd has them, and the scores."""
+        x, weight = ctx.saved_tensors  # under the capture, as in `Observe`
+        with torch._C.DisableTorchFunction(), torch.autocast(gy.device.type, enabled=False):
+            gx = None
+            if ctx.needs_input_grad[0]:
+                gx = F.linear(gy, weight if ctx.transposed else weight.t())
+            gw, gb, scores = _linear_backward(ctx, x, gy)
+        return gx, gw, gb, scores, None, None, None, None
+
+
+def _linear_backward(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    recorder: Recorder = ctx.recorder
+    on_weight, on_bias = ctx.marks
+    scores = torch.zeros_like(ctx.like)
+    a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
+    gw = gb = None
+    if ctx.needs_input_grad[1]:
+        groups = recorder.directions_of(on_weight) if on_weight is not None else {}
+        if len(groups) == 1 and not recorder.keeps:
+            ((group, directions),) = groups.items()
+            gw, products = weight_gradient_and_products(a, b, ctx.layout, directions)
+            scores[group] += products
+        else:
+            gw = b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1])
+            if on_weight is not None:
+                factors = Outer(x, gy, ctx.layout, ctx.transposed)
+                scores += recorder.record([(on_weight, factors)], ctx.like)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        per_sample = ctx.layout.per_sample_sum(gy, keep=1)  # [B, p]
+        gb = per_sample.sum(0)
+        if on_bias is not None:
+            scores += recorder.record([(on_bias, Dense(per_sample))], ctx.like)
+    return gw, gb, scores

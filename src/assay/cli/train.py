@@ -1,0 +1,75 @@
+"""``assay train``: train a language model and see what every document was worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from assay.cli.options import Debug, Device, Seed
+from assay.errors import InputError
+
+if TYPE_CHECKING:
+    from assay.train import Config
+
+__all__ = ["run_and_report", "train"]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration, in YAML.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder, in place of the file's.")
+    ] = None,
+    device: Device = None,
+    seed: Seed = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace any key; may be repeated.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a language model on documents and value each of them.
+
+    A configuration that is enough: `out: runs/mine` and `data: {path: texts/}`, where texts/ is a folder of
+    text files. Also read: .jsonl, .parquet and (data.dataset) Hugging Face data sets.
+
+    Example: assay train mine.yaml --set train.epochs=2 --set targets.by=folder
+    """
+    from assay.train import load_config
+
+    overrides: dict[str, Any] = dict(_assignment(text) for text in set_ or [])
+    overrides |= {key: v for key, v in {"out": out, "device": device, "seed": seed}.items() if v is not None}
+    run_and_report(load_config(config, overrides))
+
+
+def run_and_report(config: Config) -> None:
+    """Train with a progress bar, then print what the documents were worth and write the report."""
+    from rich.console import Console
+
+    from assay.cli.progress import follow
+    from assay.cli.summary import print_summary
+    from assay.report import write
+    from assay.train import train
+
+    console = Console()
+    with follow(console) as show:
+        result = train(config, show)
+    if result.interrupted:
+        console.print(f"stopped after {result.steps} steps; what was recorded is in {result.out}")
+    if result.steps:
+        print_summary(console, result)
+        console.print(f"report: {write(result.ledger, result.out / 'report.html')}", soft_wrap=True)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text}: expected KEY=VALUE, such as train.epochs=2")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: the value is not valid YAML") from error

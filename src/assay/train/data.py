@@ -1,0 +1,224 @@
+"""Documents from wherever they lie: one frame with the columns ``id``, ``text`` and the user's metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from assay.errors import AssayWarning, InputError
+from assay.train.config import Data, Targets
+from assay.train.optional import require
+
+__all__ = ["content_id", "hold_out", "read_documents"]
+
+
+def content_id(text: str) -> str:
+    """Name a document by its content, so that its name survives shuffling: 16 hexadecimal digits of SHA-256.
+
+    Example:
+        >>> content_id("What was it worth?")
+        '1831c91d73585329'
+    """
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_documents(data: Data) -> pl.DataFrame:
+    """Read the documents that a configuration names.
+
+    Args:
+        data: the section ``data`` of the configuration.
+
+    Returns:
+        One row per document: ``id`` (string or integer), every other column that holds plain values, and
+        ``text``. Documents without text are left out with a warning; two documents may share an id.
+
+    Raises:
+        InputError: nothing is there, it cannot be read, or a column is missing or of the wrong type.
+    """
+    where = str(data.path or data.dataset)
+    frame = _read_path(data.path, data.text) if data.path else _read_dataset(data)
+    for column in filter(None, (data.text, data.id)):
+        _need(frame, column, where)
+    if frame.schema[data.text] != pl.String:
+        raise InputError(f"{where}: the column {data.text!r} holds {frame.schema[data.text]}, not text")
+
+    full = frame.filter(pl.col(data.text).str.strip_chars() != "")  # null is not unequal either
+    if full.height < frame.height:
+        _warn(f"{where}: {frame.height - full.height} documents without text are left out")
+    frame = full.head(data.limit) if data.limit else full
+    if frame.is_empty():
+        raise InputError(f"{where} holds no text")
+
+    identity = _identity(frame, data, where)
+    nested = [name for name, kind in frame.schema.items() if kind.is_nested() or kind == pl.Object]
+    if nested:
+        _warn(f"{where}: the columns {', '.join(nested)} hold no plain values and are left out")
+    others = frame.drop([*nested, *filter(None, (data.text, data.id))])
+    clash = [name for name in ("id", "text") if name in others.columns]
+    others = others.drop(clash)  # the user chose other columns for these two
+    return others.select(identity.alias("id"), pl.all(), frame[data.text].alias("text"))
+
+
+def hold_out(
+    documents: pl.DataFrame, targets: Targets, seed: int
+) -> tuple[pl.DataFrame, dict[str, pl.DataFrame]]:
+    """Set aside the documents of each target.
+
+    The choice depends on the seed and the text alone, not on the order of the documents. A document whose
+    text also stands in a target is not trained on, and neither is one that shares an id with it.
+
+    Args:
+        documents: as :func:`read_documents` gives them.
+        targets: the section ``targets`` of the configuration.
+        seed: of the choice.
+
+    Returns:
+        The documents to train on, and the documents of each target.
+
+    Raises:
+        InputError: a value has too few documents, or nothing would be left to train on.
+    """
+    if targets.files:
+        held = {name: read_documents(Data(path=path)) for name, path in targets.files.items()}
+    else:
+        held = dict(_draw(documents, targets, seed))
+    texts = pl.concat([frame["text"] for frame in held.values()])
+    kept = documents.filter(~pl.col("text").is_in(texts.implode()))
+    if not targets.files:
+        ids = pl.concat([frame["id"] for frame in held.values()])
+        kept = kept.filter(~pl.col("id").is_in(ids.implode()))
+    if kept.is_empty():
+        raise InputError(f"no document is left to train on: all {documents.height} stand in a target")
+    return kept, held
+
+
+def _draw(documents: pl.DataFrame, targets: Targets, seed: int) -> Iterator[tuple[str, pl.DataFrame]]:
+    pool = documents.unique("text", maintain_order=True).unique("id", maintain_order=True)
+    order = [hashlib.sha256(f"{seed}:{text}".encode()).digest() for text in pool["text"]]
+    pool = pool.with_columns(pl.Series("_order", order)).sort("_order").drop("_order")
+    if targets.by is None:
+        yield "held_out", _take(pool, targets.documents, "held_out")
+        return
+    _need(documents, targets.by, "targets.by")
+    values = pool[targets.by].cast(pl.String)
+    names = targets.values or sorted(values.drop_nulls().unique())
+    for name in names:
+        if name not in values:
+            raise InputError(
+                f"targets.values: no document has {targets.by} = {name!r}{_nearest(name, values)}"
+            )
+        yield name, _take(pool.filter(values == name), targets.documents, name)
+
+
+def _take(pool: pl.DataFrame, count: int, target: str) -> pl.DataFrame:
+    if pool.height < count:
+        raise InputError(
+            f"the target {target!r} has {pool.height} documents; targets.documents asks for {count}"
+        )
+    return pool.head(count)
+
+
+def _identity(frame: pl.DataFrame, data: Data, where: str) -> pl.Series:
+    if data.id is None:
+        return pl.Series([content_id(text) for text in frame[data.text]])
+    identity = frame[data.id]
+    if not (identity.dtype.is_integer() or identity.dtype == pl.String):
+        raise InputError(
+            f"{where}: the ids in {data.id!r} are {identity.dtype}; they must be integers or strings"
+        )
+    if identity.null_count():
+        raise InputError(f"{where}: {identity.null_count()} documents have no id in the column {data.id!r}")
+    return identity.cast(pl.Int64) if identity.dtype.is_integer() else identity
+
+
+def _read_path(path: Path, text: str) -> pl.DataFrame:
+    path = path.expanduser()
+    if not path.exists():
+        raise InputError(f"data.path: there is no {path}")
+    if path.is_dir():
+        return pl.DataFrame(
+            list(_read_folder(path, text)), schema=dict.fromkeys((text, "file", "folder"), pl.String)
+        )
+    if path.suffix == ".parquet":
+        try:
+            return pl.read_parquet(path)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise InputError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        return pl.DataFrame(list(_read_json_lines(path)), infer_schema_length=None, strict=False)
+    raise InputError(f"data.path: {path} is neither a folder nor a .jsonl or .parquet file")
+
+
+def _read_folder(folder: Path, text: str) -> Iterator[dict[str, str]]:
+    skipped: list[str] = []
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            skipped.append(str(inside))
+            continue
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        yield {text: content, "file": inside.as_posix(), "folder": inside.parent.as_posix()}
+    if skipped:
+        _warn(f"{folder}: {len(skipped)} files are not UTF-8 text and are left out, {skipped[0]} first")
+
+
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(f'{path}, line {number}: expected an object, such as {{"text": ...}}')
+                yield row
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text") from error
+
+
+def _read_dataset(data: Data) -> pl.DataFrame:
+    datasets = require("datasets", "datasets")
+    split = f"{data.split}[:{data.limit}]" if data.limit else data.split
+    try:
+        frame: pl.DataFrame = datasets.load_dataset(data.dataset, data.subset, split=split).to_polars()
+    except Exception as error:  # the library raises whatever its network and file layers raise
+        advice = "is the name right and the machine online? Files of your own go into data.path"
+        raise InputError(
+            f"the data set {data.dataset!r} cannot be loaded ({_first_line(error)}); {advice}"
+        ) from error
+    return frame
+
+
+def _need(frame: pl.DataFrame, column: str, where: str) -> None:
+    if column not in frame.columns:
+        near = _nearest(column, pl.Series(frame.columns))
+        raise InputError(
+            f"{where}: there is no column {column!r}{near} (columns: {', '.join(frame.columns)})"
+        )
+
+
+def _nearest(name: str, valid: pl.Series) -> str:
+    near = get_close_matches(name, valid.drop_nulls().unique().to_list(), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, AssayWarning, stacklevel=3)

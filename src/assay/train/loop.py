@@ -1,0 +1,276 @@
+"""The training loop of ``assay train``: a plain one, with assay's two lines in it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import ceil, cos, pi
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+import assay
+from assay.train.batches import Batch, Id, Row, batch_rows, make_batch, make_rows
+from assay.train.config import Config, Training
+from assay.train.data import hold_out, read_documents
+from assay.train.model import build_model, pick_device, save_model, token_mean_loss
+from assay.train.overhead import OverheadMeter, now
+from assay.train.tokenizer import Tokenizer
+
+__all__ = ["Progress", "Result", "train"]
+
+Group = tuple[list[Id], Batch]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: optimizer steps in all.
+        loss: training loss of the step, in nats per token.
+        tokens_per_second: over the last steps, with assay on.
+        overhead: see :class:`OverheadMeter`; None before the first comparison.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    overhead: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind.
+
+    Attributes:
+        ledger: every value that was recorded.
+        documents: what was trained on: id, text and the metadata.
+        targets: names of the targets.
+        by: the metadata column that the targets are values of, if there is one.
+        steps: optimizer steps done.
+        seconds: wall time of the training loop.
+        overhead: see :class:`OverheadMeter`; None where nothing was compared.
+        comparisons: on how many steps the overhead rests.
+        interrupted: whether the user stopped the run.
+        out: the run folder.
+    """
+
+    ledger: Any
+    documents: pl.DataFrame
+    targets: list[str]
+    by: str | None
+    steps: int
+    seconds: float
+    overhead: float | None
+    comparisons: int
+    interrupted: bool
+    out: Path
+
+
+@dataclass
+class _Setup:
+    """Everything that training needs, made from the configuration."""
+
+    config: Config
+    device: torch.device
+    model: nn.Module
+    tokenizer: Tokenizer
+    rows: list[Row]
+    documents: pl.DataFrame
+    targets: dict[str, Batch]
+    steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        steps = train.epochs * ceil(ceil(len(self.rows) / train.batch_size) / train.accumulate)
+        self.steps = min(steps, train.steps or steps)
+
+
+def train(config: Config, report: Callable[[Progress], None] = lambda progress: None) -> Result:
+    """Train a language model and value every document that it was trained on.
+
+    Ctrl-C ends the run early; what was recorded by then is kept and readable.
+
+    Args:
+        config: the whole configuration.
+        report: called after every optimizer step.
+
+    Raises:
+        InputError: the data, the model or the device cannot be used.
+        StoreError: the run folder already holds a run or cannot be written.
+    """
+    setup = _prepare(config)
+    optimizer, scheduler = _make_optimizer(setup.model, config.train, setup.steps)
+    run = assay.Run(
+        setup.model,
+        optimizer,
+        out=config.out,
+        methods=[
+            assay.InRunShapley(
+                targets={
+                    name: assay.Target([batch], token_mean_loss) for name, batch in setup.targets.items()
+                },
+                path=config.attribution.path,
+                momentum=config.attribution.momentum,
+            )
+        ],
+        metadata=setup.documents.unique("id", keep="first", maintain_order=True),
+        info=_describe(setup),
+    )
+    meter = OverheadMeter(setup.model, config.attribution.measure_every)
+    start, steps, interrupted = time.perf_counter(), 0, False
+    try:
+        for done in _steps(setup, optimizer, scheduler, run, meter, report):
+            steps = done
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        seconds = time.perf_counter() - start
+        run.close()
+    save_model(setup.model, setup.tokenizer, config.out / "model")
+    return Result(
+        ledger=run.ledger,
+        documents=setup.documents,
+        targets=list(setup.targets),
+        by=config.targets.by,
+        steps=steps,
+        seconds=seconds,
+        overhead=meter.overhead,
+        comparisons=len(meter.ratios),
+        interrupted=interrupted,
+        out=config.out,
+    )
+
+
+def _prepare(config: Config) -> _Setup:
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    documents, held = hold_out(read_documents(config.data), config.targets, config.seed)
+    model, tokenizer = build_model(config.model, documents["text"])
+
+    def rows(frame: pl.DataFrame, long: Any) -> list[Row]:
+        return make_rows(frame["id"], tokenizer.encode(frame["text"]), config.model.context, long)
+
+    return _Setup(
+        config=config,
+        device=device,
+        model=model.to(device).train(),
+        tokenizer=tokenizer,
+        rows=rows(documents, config.data.long),
+        documents=documents,
+        targets={name: make_batch(rows(frame, "cut")).to(device) for name, frame in held.items()},
+    )
+
+
+def _make_optimizer(
+    model: nn.Module, train: Training, steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=train.learning_rate,
+        betas=train.betas,
+    )
+    warmup = round(train.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        return train.final_learning_rate + (1 - train.final_learning_rate) * (1 + cos(pi * done)) / 2
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _groups(setup: _Setup) -> Iterator[list[Group]]:
+    """The micro-batches of each optimizer step."""
+    train = setup.config.train
+    generator = torch.Generator().manual_seed(setup.config.seed)
+    for _ in range(train.epochs):
+        group: list[Group] = []
+        for rows in batch_rows(setup.rows, train.batch_size, generator):
+            group.append(([row.id for row in rows], make_batch(rows).to(setup.device)))
+            if len(group) == train.accumulate:
+                yield group
+                group = []
+        if group:
+            yield group
+
+
+def _steps(
+    setup: _Setup,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    run: Any,
+    meter: OverheadMeter,
+    report: Callable[[Progress], None],
+) -> Iterator[int]:
+    """Take every step of the run, yielding how many are done."""
+    model, train, device = setup.model, setup.config.train, setup.device
+
+    def backward(batch: Batch, parts: int) -> float:
+        loss = token_mean_loss(model, batch) / parts
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    rate = 0.0
+    for step, group in zip(range(setup.steps), _groups(setup), strict=False):
+
+        def plain(group: list[Group] = group) -> None:
+            for _, batch in group:
+                backward(batch, len(group))
+
+        compared = meter.due(step)
+        if compared:
+            meter.before(plain, device)
+
+        start, loss = now(device), 0.0
+        for ids, batch in group:
+            with run.step(ids):
+                loss += backward(batch, len(group))
+        updating, inside = now(device), run.status().seconds
+        norm = clip_grad_norm_(model.parameters(), train.clip or float("inf"))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        end = now(device)
+
+        if compared:
+            own = run.status().seconds - inside  # assay's part of the update
+            meter.after(plain, device, step=end - start, update=end - updating - own)
+        tokens = sum(int((batch.targets >= 0).sum()) for _, batch in group)
+        speed = tokens / (end - start)
+        rate = 0.9 * rate + 0.1 * speed if step else speed
+        run.log({"loss": loss, "gradient_norm": float(norm), "tokens_per_second": speed})
+        report(Progress(step + 1, setup.steps, loss, rate, meter.overhead))
+        yield step + 1
+
+
+def _describe(setup: _Setup) -> dict[str, Any]:
+    """What the run folder says of the run: enough to repeat it."""
+    versions = {
+        name: getattr(sys.modules[name], "__version__", "?")
+        for name in ("assay", "torch", "polars", "numpy", "tokenizers", "transformers", "datasets")
+        if name in sys.modules
+    }
+    return {
+        "config": setup.config.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **versions},
+        "seed": setup.config.seed,
+        "documents": setup.documents.height,
+        "parameters": sum(p.numel() for p in setup.model.parameters()),
+        "targets": {name: list(batch.tokens.shape) for name, batch in setup.targets.items()},
+    }

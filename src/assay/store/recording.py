@@ -1,0 +1,169 @@
+"""The tables of a run that is being recorded, in its folder or in memory."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from assay.errors import StoreError
+from assay.store.files import verify_parquet, write_atomic, write_error, write_parquet
+from assay.store.folder import TABLES
+from assay.store.header import NAME, Header
+from assay.store.parts import PartTable, merge, stack
+from assay.store.schema import ACCOUNT, PARTED, metadata_schema, value_column, values_schema
+
+ValuesEntry = tuple[
+    int, int, pl.Series, npt.NDArray[np.float64]
+]  # step, micro, ids, values [samples, targets]
+AccountEntry = tuple[int, str, float, float, float, float, float, str]  # the columns of schema.ACCOUNT
+
+
+class Recording:
+    """Appends to the tables of a run, and reads them back whether they have reached the disk or not.
+
+    Setting `header` takes effect at once for readers and on the disk with the next flush.
+
+    Args:
+        out: Folder of the run, made here; None for memory.
+        header: The run's header.
+
+    Raises:
+        StoreError: `out` is a file, holds a run already, or cannot be written.
+    """
+
+    def __init__(self, out: Path | None, header: Header) -> None:
+        self.header = self._written_header = header
+        self._out = out
+        if out is not None:
+            _create(out, header)
+        self._values = PartTable[ValuesEntry](self._folder("values"), self._build_values)
+        self._account = PartTable[AccountEntry](self._folder("account"), _build_account)
+        self._metadata = PartTable[pl.DataFrame](self._folder("metadata"), self._build_metadata)
+        self._tables: dict[str, PartTable[Any]] = {
+            "values": self._values,
+            "account": self._account,
+            "metadata": self._metadata,
+        }
+        self._side: dict[str, pl.DataFrame] = {}
+        self._side_waiting: set[str] = set()
+
+    def append_values(self, step: int, micro: int, ids: pl.Series, values: npt.NDArray[np.float64]) -> None:
+        """Buffer one micro-batch: ids [samples], values [samples, targets]."""
+        self._values.append((step, micro, ids, values), len(ids))
+
+    def append_account(self, row: AccountEntry) -> None:
+        """Buffer one row of the account."""
+        self._account.append(row, 1)
+
+    def append_metadata(self, frame: pl.DataFrame) -> None:
+        """Buffer metadata that has no id twice."""
+        self._metadata.append(frame, len(frame))
+
+    def put_table(self, name: str, frame: pl.DataFrame) -> None:
+        """Set a side table."""
+        self._side[name] = frame
+        self._side_waiting.add(name)
+
+    @property
+    def waiting(self) -> int:
+        """Number of buffered rows."""
+        return sum(table.waiting for table in self._tables.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Number of parts of each table."""
+        return {name: len(table.parts) for name, table in self._tables.items()}
+
+    def flush(self) -> None:
+        """Write all that waits; StoreError if the disk refuses, with the rest still waiting."""
+        self.flush_header()  # first, since it says of which kind the ids of the parts are
+        for table in self._tables.values():
+            table.flush()
+        for name in sorted(self._side_waiting):
+            if self._out is not None:
+                path = self._out / TABLES / f"{name}.parquet"
+                write_atomic(path, partial(write_parquet, frame=self._side[name]))
+            self._side_waiting.discard(name)
+
+    def flush_header(self) -> None:
+        """Write `run.json` if it changed."""
+        header = self.header
+        if self._out is not None and header != self._written_header:
+            header.write(self._out)
+        self._written_header = header
+
+    def values(self) -> pl.LazyFrame:
+        """Rows of values."""
+        return stack(self._values.contents(), values_schema(self.header.targets, self.header.ids))
+
+    def account(self) -> pl.LazyFrame:
+        """Rows of the account."""
+        return stack(self._account.contents(), ACCOUNT)
+
+    def metadata(self) -> pl.LazyFrame:
+        """Metadata, one row per id."""
+        return merge(self._metadata.contents(), metadata_schema(self.header.ids))
+
+    def side(self) -> dict[str, pl.LazyFrame]:
+        """Side tables by name."""
+        return {name: frame.lazy() for name, frame in self._side.items()}
+
+    def verify(self) -> None:
+        """Read every part that was written to its end; StoreError names the first one that is damaged."""
+        for table in self._tables.values():
+            for part in table.parts:
+                if isinstance(part, Path):
+                    verify_parquet(part)
+
+    def _folder(self, table: str) -> Path | None:
+        return None if self._out is None else self._out / table
+
+    def _build_values(self, entries: list[ValuesEntry]) -> pl.DataFrame:
+        steps, micros, ids, values = zip(*entries, strict=True)
+        rows = [len(series) for series in ids]
+        stacked = np.concatenate(values)  # [rows, targets]
+        return pl.DataFrame(
+            {"step": np.repeat(steps, rows), "micro": np.repeat(micros, rows), "id": pl.concat(ids)}
+            | {value_column(target): stacked[:, k] for k, target in enumerate(self.header.targets)},
+            schema=values_schema(self.header.targets, self.header.ids),
+        )
+
+    def _build_metadata(self, frames: list[pl.DataFrame]) -> pl.DataFrame:
+        return merge(frames, metadata_schema(self.header.ids)).collect()
+
+
+def _build_account(rows: list[AccountEntry]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=ACCOUNT, orient="row")
+
+
+def _create(out: Path, header: Header) -> None:
+    """Make the folder of a new run; StoreError, and nothing left behind, if that cannot be."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"out={str(out)!r} is a file: name a folder")
+    for name in (NAME, *PARTED, TABLES):
+        if (out / name).exists():
+            raise _occupied(out)
+    made: list[Path] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (*PARTED, TABLES):
+            (out / name).mkdir()  # of two writers that start at once, one fails here
+            made.append(out / name)
+        header.write(out)
+    except OSError as error:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, FileExistsError):
+            raise _occupied(out) from error
+        raise error if isinstance(error, StoreError) else write_error(out, error) from error
+
+
+def _occupied(out: Path) -> StoreError:
+    return StoreError(f"{out} already holds a run: choose another out=, or delete that folder to record anew")

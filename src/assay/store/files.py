@@ -1,20 +1,22 @@
-"""Whole files or none: atomic writes, Parquet with checksums, and disk errors in one line."""
+"""Whole files or none: atomic writes, frames with a checksum, and disk errors in one line."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import re
+import zlib
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from assay.errors import InputError, StoreError
 
+_FRAME = re.compile(r"(.+)-(\d{6,})-([0-9a-f]{8})\.parquet")
 _CURE = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some space under that quota",
@@ -26,6 +28,18 @@ _CURE = {
 }
 
 
+def local_path(path: str | Path) -> Path:
+    """A folder of this machine.
+
+    Raises:
+        StoreError: An address of another kind, or no name at all.
+    """
+    text = str(path)
+    if not text or "://" in text:
+        raise StoreError(f"{text!r} is no folder of this machine: name one, such as 'runs/first'")
+    return Path(path).expanduser()
+
+
 def write_error(path: Path, error: OSError) -> StoreError:
     """One line for a write that the operating system refused: where, why, what to do."""
     reason = error.strerror or str(error)
@@ -33,8 +47,8 @@ def write_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"cannot write {path} ({reason}): {cure}")
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file, sync it to the disk and rename it to `path`.
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write a temporary file beside `path`, sync it to the disk and rename it to `path`.
 
     Raises:
         StoreError: The disk refused. What was at `path` before is still there, whole.
@@ -42,7 +56,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -68,44 +82,92 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_parquet(file: BinaryIO, frame: pl.DataFrame) -> None:
-    """Write a frame as Parquet whose every page carries a CRC-32."""
-    pq.write_table(frame.to_arrow(), file, compression="zstd", write_page_checksum=True)
+class FrameFile(NamedTuple):
+    """What the name of a stored frame says: `NAME-NUMBER-CRC32.parquet`.
+
+    The checksum stands in the name because there it becomes visible in the same instant as the content, and
+    covers all of it, footer included.
+    """
+
+    name: str
+    number: int
+    crc: int
 
 
-def read_schema(path: Path) -> pl.Schema:
-    """Column names and types of a Parquet file, from its footer alone.
+def frame_file(path: Path) -> FrameFile | None:
+    """What a path says by its name; None if it is no stored frame (but a killed run's temporary file, say)."""
+    match = _FRAME.fullmatch(path.name)
+    return FrameFile(match[1], int(match[2]), int(match[3], 16)) if match else None
+
+
+def write_frame(folder: Path, name: str, number: int, frame: pl.DataFrame) -> Path:
+    """Store a frame as Parquet; the same frame under the same name and number replaces itself.
 
     Raises:
-        StoreError: The file is torn or is no Parquet file.
+        StoreError: The disk refused.
+    """
+    data = _parquet(frame)
+    path = folder / f"{name}-{number:06d}-{zlib.crc32(data):08x}.parquet"
+    write_atomic(path, data)
+    return path
+
+
+def verify_frame(path: Path) -> None:
+    """Compare a stored frame with the checksum in its name.
+
+    To be done before Parquet is decoded: a flipped bit can make a decoder ask for more memory than there is,
+    which ends the process.
+
+    Raises:
+        StoreError: The file is damaged or cannot be read.
+    """
+    stored = frame_file(path)
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from error
+    if stored is None or crc != stored.crc:
+        raise damaged(path, "its content does not match the checksum in its name")
+
+
+def frame_schema(path: Path) -> pl.Schema:
+    """Column names and types of a stored frame.
+
+    Raises:
+        StoreError: The file is no Parquet file.
     """
     try:
         with open(path, "rb") as file:  # a path would be searched for wildcards
             return pl.Schema(pl.read_parquet_schema(file))
-    except (Exception, pl.exceptions.PanicException) as error:  # damage surfaces as nearly anything
-        raise damaged(path, error) from error
+    except (Exception, pl.exceptions.PanicException) as error:
+        raise damaged(path, str(error)) from error
 
 
-def verify_parquet(path: Path) -> None:
-    """Read a Parquet file to its end and compare the checksum of every page.
-
-    Raises:
-        StoreError: The file is damaged.
-    """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for _ in file.iter_batches():
-                pass
-    except Exception as error:
-        raise damaged(path, error) from error
+def scan_frames(paths: list[Path]) -> pl.LazyFrame:
+    """Stored frames of one schema below one another; no name is read as a pattern or as a partition."""
+    return pl.scan_parquet(paths, glob=False, hive_partitioning=False)
 
 
-def damaged(path: Path, error: BaseException | str) -> StoreError:
+def _parquet(frame: pl.DataFrame) -> memoryview:
+    file = BytesIO()
+    pq.write_table(frame.to_arrow(), file, compression="zstd")
+    return file.getbuffer()
+
+
+def damaged(path: Path, reason: str) -> StoreError:
     """One line for a file that cannot be trusted."""
-    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     return StoreError(
-        f"{path} is damaged ({reason}): put a copy of it back, or move it out of the folder to read the rest"
+        f"{path} is damaged ({one_line(reason)}): put a copy of it back, or move it out of the folder "
+        "to read the rest"
     )
+
+
+def one_line(text: object) -> str:
+    """First line of what another library says."""
+    return str(text).strip().split("\n")[0].rstrip(".") or type(text).__name__
 
 
 def check_storable(frame: pl.DataFrame, what: str) -> None:
@@ -118,7 +180,7 @@ def check_storable(frame: pl.DataFrame, what: str) -> None:
         try:
             if "Object" in str(dtype):  # polars panics on these instead of raising
                 raise TypeError("Python objects")
-            write_parquet(BytesIO(), frame.select(pl.col(name).head(0)))
+            _parquet(frame.select(pl.col(name).head(0)))
         except Exception as error:
             raise InputError(
                 f"column {name!r} of {what} has type {dtype}, which Parquet cannot hold: cast it or drop it"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import polars as pl
 
 from assay.errors import AssayWarning, StoreError
-from assay.store.files import damaged, read_schema, verify_parquet
+from assay.store.files import FrameFile, damaged, frame_file, frame_schema, scan_frames, verify_frame
 from assay.store.header import NAME, Header, read_header
-from assay.store.parts import merge, part_number, part_path, scan, stack
-from assay.store.schema import ACCOUNT, PARTED, metadata_schema, values_schema
-
-TABLES = "tables"
+from assay.store.parts import PART, merge, stack
+from assay.store.schema import ACCOUNT, PARTED, TABLES, metadata_schema, values_schema
 
 
 class RunFolder:
@@ -33,8 +32,9 @@ class RunFolder:
         self.path = path
         self.header: Header = read_header(path)
         self._parts = {table: self._list(table) for table in PARTED}
-        self._side = sorted((path / TABLES).glob("*.parquet"))
-        self._check()
+        self._side = self._list_side()
+        self.verify()
+        self._check_schemas()
 
     def values(self) -> pl.LazyFrame:
         """Rows of values."""
@@ -50,12 +50,14 @@ class RunFolder:
 
     def side(self) -> dict[str, pl.LazyFrame]:
         """Side tables by name."""
-        return {path.stem: scan(path) for path in self._side}
+        return {name: scan_frames([path]) for name, path in self._side.items()}
 
     def verify(self) -> None:
-        """Read every file to its end; StoreError names the first one that is damaged."""
-        for path in [*(path for paths in self._parts.values() for path in paths), *self._side]:
-            verify_parquet(path)
+        """Compare every file with its checksum; StoreError names the first one that is damaged."""
+        paths = [path for paths in self._parts.values() for path in paths] + list(self._side.values())
+        with ThreadPoolExecutor() as pool:  # the checksum releases the interpreter's lock
+            for _ in pool.map(verify_frame, paths):
+                pass
 
     @property
     def _values_schema(self) -> pl.Schema:
@@ -63,33 +65,48 @@ class RunFolder:
 
     def _list(self, table: str) -> list[Path]:
         """Parts of a table in order, with a warning for those that should be there and are not."""
-        folder = self.path / table
-        try:
-            numbers = {number: path for path in folder.iterdir() if (number := part_number(path)) is not None}
-        except OSError as error:
-            raise StoreError(f"cannot read {folder} ({error.strerror}): put the folder back") from error
-        expected = max(numbers, default=-1) + 1
+        numbered: dict[int, Path] = {}
+        for path, file in self._frame_files(table):
+            if file.name == PART and numbered.setdefault(file.number, path) != path:
+                raise damaged(path, f"{numbered[file.number].name} has the same number")
+        expected = max(numbered, default=-1) + 1
         if self.header.parts is not None:
             expected = max(expected, self.header.parts.get(table, 0))
-        missing = [number for number in range(expected) if number not in numbers]
+        missing = [number for number in range(expected) if number not in numbered]
         if missing:
             warnings.warn(
-                f"{len(missing)} of {expected} parts of {folder} are missing, the first is "
-                f"{part_path(folder, missing[0]).name}: its rows are not in this ledger",
+                f"{len(missing)} of the {expected} parts of {self.path / table} are missing, the first is "
+                f"number {missing[0]}: their rows are not in this ledger",
                 AssayWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        return [numbers[number] for number in sorted(numbers)]
+        return [numbered[number] for number in sorted(numbered)]
 
-    def _check(self) -> None:
+    def _list_side(self) -> dict[str, Path]:
+        """The newest file of each side table."""
+        newest: dict[str, tuple[int, Path]] = {}
+        for path, file in self._frame_files(TABLES):
+            newest[file.name] = max(newest.get(file.name, (-1, path)), (file.number, path))
+        return {name: path for name, (_, path) in sorted(newest.items())}
+
+    def _frame_files(self, folder: str) -> list[tuple[Path, FrameFile]]:
+        try:
+            paths = sorted((self.path / folder).iterdir())
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {self.path / folder} ({error.strerror}): put the folder back"
+            ) from error
+        return [(path, file) for path in paths if (file := frame_file(path)) is not None]
+
+    def _check_schemas(self) -> None:
         """Compare the columns of every part with those that the header promises."""
         for table, schema in (("values", self._values_schema), ("account", ACCOUNT)):
             for path in self._parts[table]:
-                if read_schema(path) != schema:
+                if frame_schema(path) != schema:
                     raise damaged(path, f"its columns are not those that {NAME} promises")
         ids = metadata_schema(self.header.ids)["id"]
         for path in self._parts["metadata"]:
-            if read_schema(path).get("id") != ids:
+            if frame_schema(path).get("id") != ids:
                 raise damaged(path, f"its ids are not those that {NAME} promises")
-        for path in self._side:
-            read_schema(path)
+        for path in self._side.values():
+            frame_schema(path)

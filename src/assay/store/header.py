@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -52,8 +53,13 @@ class Header:
 
     def write(self, folder: Path) -> None:
         """Replace `run.json` as a whole; StoreError if the disk refuses."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        write_atomic(folder / NAME, lambda file: file.write(text.encode() + b"\n"))
+        fields = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps(fields | {"crc32": _checksum(fields)}, indent=1)
+        write_atomic(folder / NAME, text.encode() + b"\n")
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fields).encode()):08x}"
 
 
 def check_targets(targets: Any) -> tuple[str, ...]:
@@ -108,6 +114,8 @@ def read_header(folder: Path) -> Header:
         raise StoreError(
             f"{folder} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
         )
+    if fields.pop("crc32", None) != _checksum(fields):
+        raise damaged(path, "its content does not match its checksum")
     try:
         return _parse(fields)
     except (KeyError, TypeError, ValueError) as error:

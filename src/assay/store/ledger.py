@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import polars as pl
 
 from assay.errors import InputError, StoreError
+from assay.store.files import local_path, one_line
 from assay.store.folder import RunFolder
 from assay.store.header import Header
 from assay.store.schema import value_column
@@ -66,7 +67,7 @@ def open_ledger(path: str | Path) -> Ledger:
         ...     open_ledger(f"{folder}/run").values("code").rows()
         [('a', 0.5, 1), ('b', -0.25, 1)]
     """
-    return Ledger(RunFolder(Path(path).expanduser()))
+    return Ledger(RunFolder(local_path(path)))
 
 
 class Ledger:
@@ -261,14 +262,13 @@ class Ledger:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turn what the reader of Parquet says into one line, with the damaged file's name if there is one."""
+        """Turn what the reader of Parquet says into one line, with the name of a damaged file."""
         try:
             yield
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             self._source.verify()
-            reason = str(error).strip().split("\n")[0]
             raise StoreError(
-                f"the run cannot be read ({reason}): check its disk, then open it again"
+                f"the run cannot be read ({one_line(error)}): check its disk, then open it again"
             ) from error
 
 

@@ -2,95 +2,81 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import polars as pl
 
-from assay.store.files import write_atomic, write_parquet
+from assay.store.files import scan_frames, write_frame
 
-Row = TypeVar("Row")
+Entry = TypeVar("Entry")
 Part = Path | pl.DataFrame  # on disk, or in memory
 
-_PART = re.compile(r"part-(\d{6,})\.parquet")
+PART = "part"
 
 
-class PartTable(Generic[Row]):
+class PartTable(Generic[Entry]):
     """One table of a run that grows.
 
-    Rows wait in a buffer until `flush` turns them into one part: a Parquet file, or a frame where there is no
-    folder. A flush that fails leaves the buffer as it was.
+    Entries wait in a buffer until `flush` seals them into a frame and makes that frame the next part: a
+    Parquet file, or the frame itself where there is no folder. A frame that the disk refuses stays sealed
+    and is offered again.
 
     Args:
         folder: Folder of the parts; None keeps them in memory.
         build: Turns buffered entries into a frame.
     """
 
-    def __init__(self, folder: Path | None, build: Callable[[list[Row]], pl.DataFrame]) -> None:
+    def __init__(self, folder: Path | None, build: Callable[[list[Entry]], pl.DataFrame]) -> None:
         self._folder = folder
         self._build = build
-        # Parts and buffer change hands in one assignment: an interrupt between a part's rename and that
-        # assignment makes the next flush overwrite the same part with the same rows and more, so no row is
-        # lost or doubled.
-        self._held: tuple[tuple[Part, ...], list[Row]] = ((), [])
-        self.waiting = 0
+        # Parts, sealed frame and buffer change in one assignment. An interrupt just before it makes the next
+        # flush write the same frame under the same name again, so that no row is ever lost or stored twice.
+        self._held: tuple[tuple[Part, ...], pl.DataFrame | None, list[Entry]] = ((), None, [])
+        self._buffered = 0
 
-    def append(self, entry: Row, rows: int) -> None:
+    def append(self, entry: Entry, rows: int) -> None:
         """Buffer one entry that holds `rows` rows."""
-        self._held[1].append(entry)
-        self.waiting += rows
+        self._held[2].append(entry)
+        self._buffered += rows
 
     def flush(self) -> None:
-        """Make the buffer a part; StoreError if the disk refuses."""
-        parts, buffer = self._held
-        if not buffer:
-            return
-        frame = self._build(buffer)
-        part: Part = frame
-        if self._folder is not None:
-            part = part_path(self._folder, len(parts))
-            write_atomic(part, partial(write_parquet, frame=frame))
-        self._held = ((*parts, part), [])
-        self.waiting = 0
+        """Make all that waits parts; StoreError if the disk refuses."""
+        while self._held[1] is not None or self._held[2]:
+            parts, sealed, buffer = self._held
+            if sealed is None:
+                self._held = (parts, self._build(buffer), [])
+                self._buffered = 0
+                continue
+            part: Part = sealed
+            if self._folder is not None:
+                part = write_frame(self._folder, PART, len(parts), sealed)
+            self._held = ((*parts, part), None, buffer)
 
     def contents(self) -> list[Part]:
-        """Everything so far, in order: the parts, then the buffer as one more."""
-        parts, buffer = self._held
-        return [*parts, self._build(buffer)] if buffer else list(parts)
+        """Everything so far, in order, whether it is a part yet or not."""
+        parts, sealed, buffer = self._held
+        return [*parts, *([] if sealed is None else [sealed]), *([self._build(buffer)] if buffer else [])]
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts alone."""
         return self._held[0]
 
-
-def part_path(folder: Path, number: int) -> Path:
-    """File of a part."""
-    return folder / f"part-{number:06d}.parquet"
-
-
-def part_number(path: Path) -> int | None:
-    """Number of a part; None for any other file, such as a temporary one of a killed run."""
-    match = _PART.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-def scan(part: Part | list[Path]) -> pl.LazyFrame:
-    """A lazy frame over files or a frame; no name is read as a pattern or as a partition."""
-    if isinstance(part, pl.DataFrame):
-        return part.lazy()
-    return pl.scan_parquet(part, glob=False, hive_partitioning=False)
+    @property
+    def waiting(self) -> int:
+        """Number of rows that are in no part yet."""
+        sealed = self._held[1]
+        return self._buffered + (0 if sealed is None else len(sealed))
 
 
 def stack(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
-    """Rows of parts of one schema below one another, in order."""
+    """Rows of parts of one schema below one another, in order; files come before frames."""
     files = [part for part in parts if isinstance(part, Path)]
-    frames = [scan(part) for part in parts if isinstance(part, pl.DataFrame)]
+    frames = [part.lazy() for part in parts if isinstance(part, pl.DataFrame)]
     if files:
-        frames.insert(0, scan(files))  # files come before the one buffer, and one scan of all is the fast one
+        frames.insert(0, scan_frames(files))  # one scan of all files is much faster than one scan per file
     return pl.concat(frames, how="vertical") if frames else pl.LazyFrame(schema=schema)
 
 
@@ -100,9 +86,10 @@ def merge(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
     Where parts disagree about an id, the later one holds, unless it has no value there. A single part is
     taken to have no id twice.
     """
-    if not parts:
+    frames = [part.lazy() if isinstance(part, pl.DataFrame) else scan_frames([part]) for part in parts]
+    if not frames:
         return pl.LazyFrame(schema=schema)
-    if len(parts) == 1:
-        return scan(parts[0])
-    rows = pl.concat([scan(part) for part in parts], how="diagonal_relaxed")
+    if len(frames) == 1:
+        return frames[0]
+    rows = pl.concat(frames, how="diagonal_relaxed")
     return rows.group_by("id", maintain_order=True).agg(pl.all().drop_nulls().last())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import numpy.typing as npt
 import polars as pl
 
 from assay.errors import StoreError
-from assay.store.files import verify_parquet, write_atomic, write_error, write_parquet
-from assay.store.folder import TABLES
+from assay.store.files import verify_frame, write_error, write_frame
 from assay.store.header import NAME, Header
 from assay.store.parts import PartTable, merge, stack
-from assay.store.schema import ACCOUNT, PARTED, metadata_schema, value_column, values_schema
+from assay.store.schema import ACCOUNT, PARTED, TABLES, metadata_schema, value_column, values_schema
 
 ValuesEntry = tuple[
     int, int, pl.Series, npt.NDArray[np.float64]
@@ -50,8 +49,7 @@ class Recording:
             "account": self._account,
             "metadata": self._metadata,
         }
-        self._side: dict[str, pl.DataFrame] = {}
-        self._side_waiting: set[str] = set()
+        self._side: dict[str, _SideTable] = {}
 
     def append_values(self, step: int, micro: int, ids: pl.Series, values: npt.NDArray[np.float64]) -> None:
         """Buffer one micro-batch: ids [samples], values [samples, targets]."""
@@ -67,8 +65,8 @@ class Recording:
 
     def put_table(self, name: str, frame: pl.DataFrame) -> None:
         """Set a side table."""
-        self._side[name] = frame
-        self._side_waiting.add(name)
+        before = self._side.get(name)
+        self._side[name] = _SideTable(frame.clone()) if before is None else before.replaced(frame.clone())
 
     @property
     def waiting(self) -> int:
@@ -85,11 +83,9 @@ class Recording:
         self.flush_header()  # first, since it says of which kind the ids of the parts are
         for table in self._tables.values():
             table.flush()
-        for name in sorted(self._side_waiting):
-            if self._out is not None:
-                path = self._out / TABLES / f"{name}.parquet"
-                write_atomic(path, partial(write_parquet, frame=self._side[name]))
-            self._side_waiting.discard(name)
+        if self._out is not None:
+            for name, table in self._side.items():
+                table.write(self._out / TABLES, name)
 
     def flush_header(self) -> None:
         """Write `run.json` if it changed."""
@@ -112,14 +108,14 @@ class Recording:
 
     def side(self) -> dict[str, pl.LazyFrame]:
         """Side tables by name."""
-        return {name: frame.lazy() for name, frame in self._side.items()}
+        return {name: table.frame.lazy() for name, table in self._side.items()}
 
     def verify(self) -> None:
-        """Read every part that was written to its end; StoreError names the first one that is damaged."""
+        """Compare every part with its checksum; StoreError names the first one that is damaged."""
         for table in self._tables.values():
             for part in table.parts:
                 if isinstance(part, Path):
-                    verify_parquet(part)
+                    verify_frame(part)
 
     def _folder(self, table: str) -> Path | None:
         return None if self._out is None else self._out / table
@@ -136,6 +132,28 @@ class Recording:
 
     def _build_metadata(self, frames: list[pl.DataFrame]) -> pl.DataFrame:
         return merge(frames, metadata_schema(self.header.ids)).collect()
+
+
+@dataclass
+class _SideTable:
+    """A side table and what of it lies on the disk."""
+
+    frame: pl.DataFrame
+    number: int = 0  # how often it was replaced; the file with the highest number is the table
+    written: Path | None = None
+    older: tuple[Path, ...] = ()
+
+    def replaced(self, frame: pl.DataFrame) -> _SideTable:
+        older = self.older if self.written is None else (*self.older, self.written)
+        return _SideTable(frame, self.number + 1, None, older)
+
+    def write(self, folder: Path, name: str) -> None:
+        if self.written is None:
+            self.written = write_frame(folder, name, self.number, self.frame)
+        for path in self.older:
+            with suppress(OSError):  # readers take the newest, whatever else is left
+                path.unlink()
+        self.older = ()
 
 
 def _build_account(rows: list[AccountEntry]) -> pl.DataFrame:

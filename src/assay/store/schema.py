@@ -12,6 +12,7 @@ from assay.store.ids import DTYPES, IdKind
 
 STATUSES = ("ok", "nan", "skipped")
 PARTED = ("values", "account", "metadata")  # the tables that grow by parts; each has a folder of its name
+TABLES = "tables"  # the folder of the side tables
 
 ACCOUNT = pl.Schema(
     {

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from assay.errors import InputError, StoreError
-from assay.store.files import check_storable
+from assay.store.files import check_storable, local_path
 from assay.store.header import Header, check_targets
 from assay.store.ids import id_column, id_series, kind_of_dtype
 from assay.store.ledger import Ledger
@@ -61,7 +61,7 @@ class RunWriter:
         flush_seconds: float = 30.0,
     ) -> None:
         header = Header(check_targets(targets)).merged(info or {})
-        self._recording = Recording(None if out is None else Path(out).expanduser(), header)
+        self._recording = Recording(None if out is None else local_path(out), header)
         self._flush_every = self._flush_at = flush_every
         self._flush_seconds = flush_seconds
         self._last_flush = time.monotonic()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from assay.capture.layout import Layout
 
-__all__ = ["CostModel", "directional", "per_sample_products", "weight_gradient_and_products"]
+__all__ = ["CostModel", "directional", "per_sample_gradients", "per_sample_products", "weight_gradient_and_products"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,21 @@ def weight_gradient_and_products(
         return b.reshape(-1, p).t() @ a.reshape(-1, d), per_sample_products(a, b, layout, directions)
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
     return _batched(a, b, directions)
+
+
+def per_sample_gradients(a: Tensor, b: Tensor, layout: Layout) -> Tensor | None:
+    """`[B, p, d]` written out, where that takes less memory than the pair (a, b); None otherwise.
+
+    For language models it does: with T positions the pair holds `T·(p + d)` entries per sample against `p·d`. The
+    batched product replaces the weight-gradient GEMM, so that these gradients cost memory traffic only.
+    """
+    d, p, batch = a.shape[-1], b.shape[-1], layout.batch
+    positions = b.numel() // max(p * batch, 1)
+    regular = layout.labels is None and layout.dim < b.dim() - 1
+    if not regular or p * d > positions * (p + d):
+        return None
+    a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
+    return torch.bmm(b.transpose(1, 2), a)
 
 
 def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

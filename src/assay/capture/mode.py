@@ -12,7 +12,8 @@ A use for which no exact rule exists is refused by name. Nothing is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,13 +73,14 @@ class Capture(TorchFunctionMode):
         batch: B, the number of samples.
         directions: `{parameter: [targets, *shape]}` along which per-sample gradients are measured; None measures
             nothing now.
-        keep: keep the factored gradients in `kept`, for a contraction later.
+        keep: the parameters whose per-sample gradients are to be kept in `kept`, for a contraction later.
         strict: leave torch's own weight gradients untouched, bit for bit.
         coverage: where uses are noted.
 
     Attributes:
         probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
-        kept: the factored gradients, if `keep`.
+        paused: while true, calls pass unseen.
+        kept: the per-sample gradients of the parameters in `keep`, use by use.
     """
 
     def __init__(
@@ -87,13 +89,13 @@ class Capture(TorchFunctionMode):
         batch: int,
         directions: Directions | None = None,
         *,
-        keep: bool = False,
+        keep: Collection[Parameter] = (),
         strict: bool = False,
         coverage: Coverage | None = None,
     ) -> None:
         super().__init__()
         self.weights, self.batch, self.directions = weights, batch, directions
-        self.keeps, self.strict = keep, strict
+        self.keep, self.strict = frozenset(keep), strict
         self.coverage = coverage if coverage is not None else Coverage(weights.names)
         self.kept: list[tuple[Weight, Factors]] = []
         some = next(iter(weights.params))
@@ -102,6 +104,7 @@ class Capture(TorchFunctionMode):
         shape = (weights.number_of_groups, targets, batch)
         self.probe = torch.zeros(shape, dtype=dtype, device=some.device, requires_grad=True)
         self.uses = 0
+        self.paused = False
         self._token = object()
         self._pushed: dict[Weight, dict[int, Tensor]] = {}
 
@@ -112,8 +115,10 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run `func`, seen as the module's text says."""
         kwargs = kwargs or {}
-        if func is Tensor.backward or func is torch.autograd.backward:
-            return self._backward(*args, **kwargs)
+        if self.paused:
+            return func(*args, **kwargs)
+        if func in _BACKWARD:
+            return self._backward(func, args, kwargs)
         tensors = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
         marks = [self.mark_of(t) for t in tensors]
         if not torch.is_grad_enabled():
@@ -131,30 +136,29 @@ class Capture(TorchFunctionMode):
                     self._set(part, mark)
         return out
 
-    def _backward(
-        self,
-        tensors: Tensor | Sequence[Tensor],
-        gradients: Tensor | Sequence[Tensor | None] | None = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Tensor | Sequence[Tensor] | None = None,
-        **others: Any,
-    ) -> None:
-        """`torch.autograd.backward`, with the capture still active: checkpointing runs forward passes inside it.
+    def _backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The backward pass, with the capture still active: activation checkpointing runs forward passes inside it.
 
-        The engine is called directly because both public spellings would hand the call straight back here.
+        The engine is called directly, because every public spelling would hand the call straight back here.
         """
-        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-        given = (gradients,) * len(roots) if gradients is None or isinstance(gradients, Tensor) else gradients
-        seeds = tuple(_seed(root, g) for root, g in zip(roots, others.get("grad_tensors") or given, strict=True))
-        leaves = () if inputs is None else ((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
-        if leaves:
+        given = inspect.signature(_BACKWARD[func]).bind(*args, **{_SPELLINGS.get(k, k): v for k, v in kwargs.items()})
+        given.apply_defaults()
+        call = given.arguments
+        roots = _tuple(call["tensors"])
+        seeds = _tuple(call["gradients"]) or (None,) * len(roots)
+        leaves = _tuple(call["inputs"])
+        accumulate = func is not torch.autograd.grad
+        if accumulate and leaves:
             leaves = (*leaves, self.probe)
-        keep = create_graph if retain_graph is None else retain_graph
+        create_graph = bool(call["create_graph"])
+        retain_graph = create_graph if call["retain_graph"] is None else call["retain_graph"]
+        filled = tuple(_seed(root, seed) for root, seed in zip(roots, seeds, strict=True))
         with self:
-            torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
-                roots, seeds, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
-            )
+            found = torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+                roots, filled, retain_graph, create_graph, leaves,
+                allow_unreachable=accumulate or bool(call["allow_unused"]), accumulate_grad=accumulate,
+            )  # fmt: skip
+        return None if accumulate else found
 
     def _use(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(self, func, _name(func), args, kwargs)
@@ -212,6 +216,12 @@ class Capture(TorchFunctionMode):
         if tensor.dim() and tensor.shape[0] == self.batch:
             return Data(Layout(0, self.batch))
         return CONSTANT
+
+    def enter(self, tensor: Tensor) -> None:
+        """An input of the model: its rows are the samples, also where the caller made it inside the step."""
+        known = self._known(tensor)
+        if (known is None or known is CONSTANT) and tensor.dim() and tensor.shape[0] == self.batch:
+            self._set(tensor, Data(Layout(0, self.batch)))
 
     def _known(self, tensor: Tensor) -> Mark | None:
         tagged = getattr(tensor, "_assay", None)
@@ -274,19 +284,23 @@ class Capture(TorchFunctionMode):
         """The names of the parameters behind a weight."""
         return ", ".join(self.weights.names[param] for param in weight.params) if weight is not None else "?"
 
+    def keeps(self, weight: Weight) -> bool:
+        """Whether the per-sample gradients of this weight wait for a later contraction."""
+        return not self.keep.isdisjoint(weight.params)
+
     def directions_of(self, weight: Weight) -> dict[int, Tensor]:
         """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight."""
-        if self.directions is None:
+        if self.directions is None or self.keeps(weight):
             return {}
         if weight not in self._pushed:
             self._pushed[weight] = weight.push(self.directions)
         return self._pushed[weight]
 
     def record(self, uses: list[tuple[Weight, Factors]], like: Tensor) -> Tensor:
-        """`[groups, targets, B]`: the inner products of these uses; the factors are kept if asked for."""
+        """`[groups, targets, B]`: the inner products of these uses; those to be kept are kept, and count nothing now."""
         scores = torch.zeros_like(like)
         for weight, factors in uses:
-            if self.keeps:
+            if self.keeps(weight):
                 self.kept.append((weight, factors))
             for group, directions in self.directions_of(weight).items():
                 scores[group] += factors.dot(directions)
@@ -300,6 +314,46 @@ def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: T
         for group, pushed in weight.push(directions).items():
             scores[group] += factors.dot(pushed)
     return scores
+
+
+# The signatures of the three spellings of a backward pass, under common names.
+def _tensor_backward(
+    tensors: Any, gradients: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None: ...
+
+
+def _backward(
+    tensors: Any,
+    gradients: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None: ...
+
+
+def _grad(
+    tensors: Any,
+    inputs: Any,
+    gradients: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    **others: Any,
+) -> None: ...
+
+
+_BACKWARD: dict[Callable[..., Any], Callable[..., None]] = {
+    Tensor.backward: _tensor_backward,
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: _grad,
+}
+_SPELLINGS = {"gradient": "gradients", "grad_tensors": "gradients", "grad_outputs": "gradients", "outputs": "tensors"}
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return () if value is None else (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 def _seed(root: Tensor, gradient: Tensor | None) -> Tensor | None:

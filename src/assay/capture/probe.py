@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from assay.capture.contraction import weight_gradient_and_products
+from assay.capture.contraction import per_sample_gradients, weight_gradient_and_products
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
@@ -39,9 +39,8 @@ class Recorder(Protocol):
         """`{group: [targets, *weight.shape]}`."""
         ...
 
-    @property
-    def keeps(self) -> bool:
-        """Whether factored gradients are kept for a later contraction."""
+    def keeps(self, weight: Weight) -> bool:
+        """Whether the per-sample gradients of this weight are kept for a later contraction."""
         ...
 
 
@@ -127,22 +126,34 @@ def _linear_backward(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Te
     recorder: Recorder = ctx.recorder
     on_weight, on_bias = ctx.marks
     scores = torch.zeros_like(ctx.like)
-    a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
     gw = gb = None
     if ctx.needs_input_grad[1]:
-        groups = recorder.directions_of(on_weight) if on_weight is not None else {}
-        if len(groups) == 1 and not recorder.keeps:
-            ((group, directions),) = groups.items()
-            gw, products = weight_gradient_and_products(a, b, ctx.layout, directions)
-            scores[group] += products
-        else:
-            gw = b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1])
-            if on_weight is not None:
-                factors = Outer(x, gy, ctx.layout, ctx.transposed)
-                scores += recorder.record([(on_weight, factors)], ctx.like)
+        gw = _weight_backward(recorder, on_weight, x, gy, ctx, scores)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         per_sample = ctx.layout.per_sample_sum(gy, keep=1)  # [B, p]
         gb = per_sample.sum(0)
         if on_bias is not None:
             scores += recorder.record([(on_bias, Dense(per_sample))], ctx.like)
     return gw, gb, scores
+
+
+def _weight_backward(
+    recorder: Recorder, weight: Weight | None, x: Tensor, gy: Tensor, ctx: Any, scores: Tensor
+) -> Tensor:
+    """The weight's gradient; its per-sample gradients are kept or added to `scores` on the way."""
+    a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
+    if weight is not None and recorder.keeps(weight):
+        per_sample = per_sample_gradients(a, b, ctx.layout)
+        if per_sample is not None:
+            recorder.record([(weight, Dense(per_sample))], ctx.like)
+            return per_sample.sum(0)
+        recorder.record([(weight, Outer(x, gy, ctx.layout, ctx.transposed))], ctx.like)
+    groups = recorder.directions_of(weight) if weight is not None else {}
+    if len(groups) == 1:
+        ((group, directions),) = groups.items()
+        gw, products = weight_gradient_and_products(a, b, ctx.layout, directions)
+        scores[group] += products
+        return gw
+    if weight is not None and groups:
+        scores += recorder.record([(weight, Outer(x, gy, ctx.layout, ctx.transposed))], ctx.like)
+    return b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1])

@@ -1,0 +1,65 @@
+"""What the training loop did to the gradient between `backward()` and `optimizer.step()`: measured, not asked for.
+
+Clipping, a loss scaler's unscaling and a division by the number of micro-batches all multiply the gradient by one
+number c. It is the ratio of the gradient's norms at the two moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+__all__ = ["GradientScale"]
+
+
+class GradientScale:
+    """Measures c by parameter group.
+
+    Args:
+        params: the parameters that are watched.
+        groups: the group of each.
+        number_of_groups: how many groups there are.
+    """
+
+    def __init__(self, params: Sequence[Parameter], groups: Mapping[Parameter, int], number_of_groups: int) -> None:
+        self.params, self.number_of_groups = list(params), number_of_groups
+        self.groups = [groups[p] for p in self.params]
+        self._after_backward: tuple[list[int], Tensor, Tensor] | None = None
+
+    def norms(self) -> tuple[list[int], Tensor, Tensor]:
+        """The parameters that have a gradient, and the 2- and 1-norms of each gradient."""
+        present = [i for i, p in enumerate(self.params) if p.grad is not None]
+        gradients = [g for i in present if (g := self.params[i].grad) is not None]
+        if not gradients:
+            return present, torch.zeros(0), torch.zeros(0)
+        two = torch.stack(torch._foreach_norm(gradients, 2))
+        one = torch.stack(torch._foreach_norm(gradients, 1))
+        return present, two, one
+
+    def after_backward(self) -> None:
+        """Take the norms of the gradient that backward produced."""
+        self._after_backward = self.norms()
+
+    def before_step(self) -> tuple[Tensor, Tensor]:
+        """`[groups]` the scale c, and a 0-dim tensor: how far the change was from being one scale per group.
+
+        The second is the largest relative disagreement between the parameters' own ratios (of 2-norms and of
+        1-norms) and their group's; it is zero for anything that multiplies the gradient by one number.
+        """
+        assert self._after_backward is not None
+        present, two, one = self._after_backward
+        now_present, now_two, now_one = self.norms()
+        if present != now_present or not present:
+            return torch.ones(self.number_of_groups), torch.full((), float("inf"))
+        group = torch.tensor([self.groups[i] for i in present], device=two.device)
+        zeros = two.new_zeros(self.number_of_groups)
+        before = zeros.index_add(0, group, two.square())
+        after = zeros.index_add(0, group, now_two.square())
+        scale = torch.where(before > 0, (after / before).sqrt(), torch.ones_like(before))
+        gap_two = (now_two - scale[group] * two).abs() / two.clamp_min(torch.finfo(two.dtype).tiny)
+        gap_one = (now_one - scale[group] * one).abs() / one.clamp_min(torch.finfo(one.dtype).tiny)
+        gap = torch.where(two > 0, torch.maximum(gap_two, gap_one), torch.zeros_like(two)).max()
+        return scale, gap / scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny)

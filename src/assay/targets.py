@@ -1,0 +1,117 @@
+"""What the examples are valued for: named validation objectives, and their losses and gradients at given weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from assay.errors import InputError
+
+__all__ = ["Target", "TargetPass", "undisturbed"]
+
+
+class Target:
+    """A validation objective: the mean over `batches` of `loss(model, batch)`.
+
+    Any differentiable scalar of the model will do (a loss, a margin, a log-odds); a value is positive where an
+    example made it fall, and is in its unit.
+
+    Args:
+        batches: the validation batches, the same at every step, whatever `loss` takes; read once into a list.
+        loss: `loss(model, batch)` returns a scalar tensor with a gradient.
+
+    Raises:
+        InputError: there is no batch, or `loss` cannot be called.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> batch = (torch.ones(3, 2), torch.zeros(3, 1))
+        >>> target = Target([batch], lambda m, b: torch.nn.functional.mse_loss(m(b[0]), b[1]))
+        >>> len(target.batches)
+        1
+    """
+
+    def __init__(self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> None:
+        if not callable(loss):
+            raise InputError(f"Target(batches, loss): loss must be a function of (model, batch), not {loss!r}.")
+        self.batches = list(batches)
+        self.loss = loss
+        if not self.batches:
+            raise InputError("Target(batches, loss): there is no batch; give at least one validation batch.")
+
+
+class TargetPass:
+    """Losses and gradients of all targets at the model's present weights, the training run undisturbed.
+
+    Args:
+        model: the model that is trained.
+        targets: name → target.
+        params: the parameters whose gradients are wanted.
+    """
+
+    def __init__(self, model: Module, targets: Mapping[str, Target], params: Sequence[Parameter]) -> None:
+        self.model, self.targets, self.params = model, targets, list(params)
+
+    def losses(self) -> Tensor:
+        """`[targets]`: the targets' losses, no gradients."""
+        with undisturbed(self.model), torch.no_grad():
+            return torch.stack([self._mean(name, target) for name, target in self.targets.items()])
+
+    def gradients(self) -> tuple[Tensor, dict[Parameter, Tensor]]:
+        """`[targets]` losses and `{parameter: [targets, *shape]}` gradients; zero where a target does not use one."""
+        losses, rows = [], []
+        with undisturbed(self.model), torch.enable_grad():
+            for name, target in self.targets.items():
+                loss, gradient = self._gradient(name, target)
+                losses.append(loss)
+                rows.append(gradient)
+        stacked = {p: torch.stack(g) if len(g) > 1 else g[0][None] for p, g in zip(self.params, zip(*rows))}  # noqa: B905
+        return torch.stack(losses), stacked
+
+    def _gradient(self, name: str, target: Target) -> tuple[Tensor, list[Tensor]]:
+        """One batch at a time, so that only one graph is alive."""
+        total: Tensor | None = None
+        summed: list[Tensor] = []
+        share = 1 / len(target.batches)
+        for batch in target.batches:
+            loss = self._loss(name, target, batch) * share
+            if not loss.requires_grad:
+                raise InputError(f"target {name!r}: its loss does not depend on the model's parameters.")
+            found = torch.autograd.grad(loss, self.params, allow_unused=True)
+            gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
+            total = loss.detach() if total is None else total + loss.detach()
+            summed = [a.add_(b) for a, b in zip(summed, gradient, strict=True)] if summed else gradient
+        assert total is not None
+        return total, summed
+
+    def _mean(self, name: str, target: Target) -> Tensor:
+        return torch.stack([self._loss(name, target, batch).detach() for batch in target.batches]).mean()
+
+    def _loss(self, name: str, target: Target, batch: Any) -> Tensor:
+        loss = target.loss(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(
+                f"target {name!r}: loss(model, batch) must return a scalar tensor, not {shape}; "
+                "return its mean or its sum."
+            )
+        return loss.reshape(())
+
+
+@contextmanager
+def undisturbed(model: Module) -> Iterator[None]:
+    """Evaluation mode inside; modes, random-number state and autocast of the training run as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -95,7 +95,7 @@ class FrameFile(NamedTuple):
 
 
 def frame_file(path: Path) -> FrameFile | None:
-    """What a path says by its name; None if it is no stored frame (but a killed run's temporary file, say)."""
+    """What a path says by its name; None for other files, such as those that a kill left over."""
     match = _FRAME.fullmatch(path.name)
     return FrameFile(match[1], int(match[2]), int(match[3], 16)) if match else None
 
@@ -178,10 +178,10 @@ def check_storable(frame: pl.DataFrame, what: str) -> None:
     """
     for name, dtype in frame.schema.items():
         try:
-            if "Object" in str(dtype):  # polars panics on these instead of raising
+            if dtype == pl.Object:  # polars panics on these instead of raising
                 raise TypeError("Python objects")
             _parquet(frame.select(pl.col(name).head(0)))
-        except Exception as error:
+        except (Exception, pl.exceptions.PanicException) as error:
             raise InputError(
                 f"column {name!r} of {what} has type {dtype}, which Parquet cannot hold: cast it or drop it"
             ) from error

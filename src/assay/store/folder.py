@@ -30,11 +30,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header: Header = read_header(path)
-        self._parts = {table: self._list(table) for table in PARTED}
-        self._side = self._list_side()
-        self.verify()
-        self._check_schemas()
+        self.header: Header
+        self._parts: dict[str, list[Path]] = {}
+        self._side: dict[str, Path] = {}
+        try:
+            self._look()
+        except StoreError:  # a run that goes on may have written between two looks at its folder
+            self._look()
 
     def values(self) -> pl.LazyFrame:
         """Rows of values."""
@@ -59,6 +61,14 @@ class RunFolder:
             for _ in pool.map(verify_frame, paths):
                 pass
 
+    def _look(self) -> None:
+        self.header = read_header(self.path)
+        for table in PARTED:
+            self._parts[table] = self._list(table)
+        self._side = self._list_side()
+        self.verify()
+        self._check_schemas()
+
     @property
     def _values_schema(self) -> pl.Schema:
         return values_schema(self.header.targets, self.header.ids)
@@ -78,7 +88,7 @@ class RunFolder:
                 f"{len(missing)} of the {expected} parts of {self.path / table} are missing, the first is "
                 f"number {missing[0]}: their rows are not in this ledger",
                 AssayWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return [numbered[number] for number in sorted(numbered)]
 

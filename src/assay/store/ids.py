@@ -45,9 +45,7 @@ def id_series(ids: Any, kind: IdKind | None) -> pl.Series:
     try:
         return pl.Series("id", items, dtype=DTYPES[found])
     except (OverflowError, UnicodeEncodeError, TypeError) as error:
-        raise InputError(
-            f"an id cannot be stored ({error}): use integers below 2**63 or valid text"
-        ) from error
+        raise InputError("an id cannot be stored: use integers of 64 bits, or valid text") from error
 
 
 def id_column(column: pl.Series, kind: IdKind | None) -> pl.Series:
@@ -69,7 +67,7 @@ def id_column(column: pl.Series, kind: IdKind | None) -> pl.Series:
     try:
         cast: pl.Series = column.cast(DTYPES[found])
     except pl.exceptions.PolarsError as error:
-        raise InputError("an id of the metadata cannot be stored: use integers below 2**63") from error
+        raise InputError("an id of the metadata cannot be stored: use integers of 64 bits") from error
     return cast
 
 

@@ -17,10 +17,10 @@ from assay.store.header import NAME, Header
 from assay.store.parts import PartTable, merge, stack
 from assay.store.schema import ACCOUNT, PARTED, TABLES, metadata_schema, value_column, values_schema
 
-ValuesEntry = tuple[
-    int, int, pl.Series, npt.NDArray[np.float64]
-]  # step, micro, ids, values [samples, targets]
-AccountEntry = tuple[int, str, float, float, float, float, float, str]  # the columns of schema.ACCOUNT
+# step, micro, ids [samples], values [samples, targets]
+ValuesEntry = tuple[int, int, pl.Series, npt.NDArray[np.float64]]
+# the columns of schema.ACCOUNT
+AccountEntry = tuple[int, str, float, float, float, float, float, str]
 
 
 class Recording:
@@ -84,8 +84,8 @@ class Recording:
         for table in self._tables.values():
             table.flush()
         if self._out is not None:
-            for name, table in self._side.items():
-                table.write(self._out / TABLES, name)
+            for name, side in self._side.items():
+                side.write(self._out / TABLES, name)
 
     def flush_header(self) -> None:
         """Write `run.json` if it changed."""

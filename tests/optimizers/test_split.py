@@ -120,6 +120,7 @@ def test_restored_state_and_late_group() -> None:
     model = model_of(fresh)
     late = Parameter(torch.randn(3, dtype=torch.float64))
     assert len(model.params()) == 4
+    assert model.group_index(params[0]) == 0
     fresh.add_param_group({"params": [late], "lr": 0.7})
     params.append(late)
     assert model.params() == params

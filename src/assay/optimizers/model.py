@@ -124,7 +124,8 @@ class OptimizerModel(ABC):
         Args:
             param: A parameter of the optimizer.
             grad: The gradient that ``step()`` will receive, of the parameter's shape; ``param.grad`` if
-                left out. Without either the step passes over the parameter and all parts are zero.
+                left out. Without either the step passes over the parameter and all parts are zero; so they
+                are where GradScaler found an overflow that a fused ``step()`` will skip.
 
         Raises:
             InputError: The parameter is in no group.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import assay
 
@@ -96,3 +98,26 @@ def test_wheel_ships_everything_that_lies_in_the_package(tmp_path: Path) -> None
     assert "assay/py.typed" in shipped
     assert shipped == lies_there
     assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+
+    def loss_fn(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(model(batch[:, :4]), batch[:, 4:])
+
+    names = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "loss_fn": loss_fn,
+        "held_out_batches": [torch.randn(6, 5)],
+        "loader": [([f"{step}-{i}" for i in range(3)], torch.randn(3, 5)) for step in range(4)],
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(loop, names)
+    values, account = names["ledger"].values("code"), names["ledger"].account("code")
+    assert set(values["id"]) == {f"{step}-{i}" for step in range(4) for i in range(3)}
+    assert values["value"].sum() == pytest.approx(account["predicted"].sum())
+    assert account["actual"].is_finite().all()
+    assert (account["actual"] != 0).all()

@@ -54,11 +54,12 @@ class Header:
     def write(self, folder: Path) -> None:
         """Replace `run.json` as a whole; StoreError if the disk refuses."""
         fields = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        text = json.dumps(fields | {"crc32": _checksum(fields)}, indent=1)
+        text = json.dumps(fields | {"crc32": checksum(fields)}, indent=1)
         write_atomic(folder / NAME, text.encode() + b"\n")
 
 
-def _checksum(fields: dict[str, Any]) -> str:
+def checksum(fields: dict[str, Any]) -> str:
+    """CRC-32 of the header's fields, which stands beside them."""
     return f"{zlib.crc32(json.dumps(fields).encode()):08x}"
 
 
@@ -114,7 +115,7 @@ def read_header(folder: Path) -> Header:
         raise StoreError(
             f"{folder} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
         )
-    if fields.pop("crc32", None) != _checksum(fields):
+    if fields.pop("crc32", None) != checksum(fields):
         raise damaged(path, "its content does not match its checksum")
     try:
         return _parse(fields)

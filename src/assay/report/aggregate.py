@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ __all__ = [
     "Histogram",
     "account",
     "binned",
+    "by_columns",
     "by_group",
     "composition",
     "counted",
@@ -78,12 +80,14 @@ def composition(sums: pl.DataFrame, order: list[str], bins: int) -> pl.DataFrame
     )
     present = set(sums["group"].unique())
     groups = pl.DataFrame({"group": [g for g in order if g in present]}, schema={"group": pl.String})
+    groups = groups.with_row_index("place")
     return (
         binned_sums.select("step")
         .unique()
-        .sort("step")
         .join(groups, how="cross")
-        .join(binned_sums, on=["step", "group"], how="left", maintain_order="left")
+        .join(binned_sums, on=["step", "group"], how="left")
+        .sort("step", "place")
+        .drop("place")
         .with_columns(pl.col("value").fill_null(0.0))
         .with_columns(pl.col("value").cum_sum().over("group").alias("cumulative"))
     )
@@ -191,19 +195,43 @@ def _is_prose(texts: pl.Series) -> bool:
     return isinstance(length, float) and length > 200
 
 
-def prominent(frames: dict[str, pl.DataFrame], column: str, limit: int) -> tuple[list[str], list[str]]:
-    """Split groups into the `limit` whose value weighs most, over all targets alike, and the others.
+def by_columns(
+    values: pl.DataFrame, metadata: pl.DataFrame, columns: Sequence[str]
+) -> dict[str, pl.DataFrame]:
+    """What `Ledger.by` answers for several columns, from values at hand: a million samples are joined once.
+
+    Args:
+        values: Columns id, value.
+        metadata: Columns id and `columns`.
+        columns: Columns to group by.
+
+    Returns:
+        By column, a frame of it with value, samples, negative (share) and mean.
+    """
+    joined = values.select("id", "value").join(metadata.select("id", *columns), on="id", how="left").lazy()
+    value = pl.col("value")
+    measures = {
+        "value": value.sum(),
+        "samples": pl.len(),
+        "negative": (value < 0).mean(),
+        "mean": value.mean(),
+    }
+    frames = pl.collect_all([joined.group_by(column).agg(**measures) for column in columns])
+    return dict(zip(columns, frames, strict=True))
+
+
+def prominent(frames: dict[str, pl.DataFrame], column: str, limit: int) -> tuple[list[str], int]:
+    """The `limit` groups whose value weighs most, over all targets alike, and how many others there are.
 
     Args:
         frames: Columns `column` and value, by target.
         column: The metadata column.
         limit: Largest number of groups to keep apart.
     """
-    weights: dict[str, float] = {}
-    for frame in frames.values():
-        total = frame["value"].abs().sum() or 1.0
-        for group, value in frame.select(pl.col(column).cast(pl.String), "value").iter_rows():
-            name = UNNAMED if group is None else group
-            weights[name] = weights.get(name, 0.0) + abs(value) / total
-    order = sorted(weights, key=lambda name: (-weights[name], name))
-    return order[:limit], order[limit:]
+    share = pl.col("value").abs() / pl.max_horizontal(pl.col("value").abs().sum(), pl.lit(1e-300))
+    name = pl.col(column).cast(pl.String).fill_null(UNNAMED).alias("group")
+    weights = pl.concat([frame.select(name, share) for frame in frames.values()])
+    order = (
+        weights.group_by("group").agg(pl.col("value").sum()).sort("value", "group", descending=[True, False])
+    )
+    return order["group"].head(limit).to_list(), max(0, order.height - limit)

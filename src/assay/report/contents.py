@@ -10,8 +10,8 @@ import polars as pl
 
 from assay.errors import InputError
 from assay.report import aggregate, figures, tables
-from assay.report.documents import Document, describe, documents, sample_table
-from assay.report.format import Scale, flat, percent, plain, span
+from assay.report.documents import Document, describe, documents, has_text, sample_table
+from assay.report.format import Scale, flat, percent, span
 
 if TYPE_CHECKING:
     from assay.store import Ledger
@@ -99,10 +99,14 @@ class _Reader:
         self.metadata = metadata if metadata is not None and metadata.height else None
         self.columns = [] if self.metadata is None else aggregate.group_columns(self.metadata)
         self.main_column = self._main_column()
-        self.noun = "document" if self.metadata is not None and "text" in self.metadata.columns else "sample"
+        self.noun = "document" if self.metadata is not None and has_text(self.metadata) else "sample"
         self.anchors = {name: f"target-{index}" for index, name in enumerate(self.names)}
         self.figures: dict[str, Any] = {}
-        self.by = {column: {name: ledger.by(column, name) for name in self.names} for column in self.columns}
+        self.by: dict[str, dict[str, pl.DataFrame]] = {column: {} for column in self.columns}
+        if self.metadata is not None:
+            for name, values in self.values.items():
+                for column, frame in aggregate.by_columns(values, self.metadata, self.columns).items():
+                    self.by[column][name] = frame
 
     def _main_column(self) -> str | None:
         few = [c for c in self.columns if c == "domain" or self.metadata[c].n_unique() <= 40]  # type: ignore[index]
@@ -113,7 +117,7 @@ class _Reader:
         if self.main_column is None:
             return [aggregate.EVERYTHING], ""
         kept, others = aggregate.prominent(self.by[self.main_column], self.main_column, KEPT_APART)
-        return kept, f"{len(others)} more" if others else ""
+        return kept, f"{others:,} more" if others else ""
 
     def legend(self) -> list[tuple[str, str]]:
         """Names of the groups of the figures, with the class of their colour."""
@@ -220,7 +224,7 @@ class _Reader:
         ]
         ids = pl.concat(chosen).unique(maintain_order=True)
         first = self.values[self.names[0]]
-        seen = dict(first.filter(pl.col("id").is_in(ids.implode())).select("id", "steps").iter_rows())
+        seen = dict(first.join(ids.to_frame("id"), on="id", how="semi").select("id", "steps").iter_rows())
         caption = (
             f"All {largest:,} {self.noun}s"
             if len(ids) >= largest
@@ -273,13 +277,13 @@ class _Reader:
         """Cost, and everything else that the run's info holds."""
         info = dict(self.info)
         summary, config, versions = (info.pop(key, None) for key in ("summary", "config", "versions"))
-        cost = tables.settings(_rows(summary), "What the run took") if summary else None
+        cost = tables.quantities(_rows(summary), "What the run took") if summary else None
         rest = (("Configuration", config), ("Versions", versions), ("Run", info))
         return cost, [tables.settings(_rows(part), caption) for caption, part in rest if part]
 
 
-def _rows(part: object) -> list[tuple[str, str]]:
-    return flat(part) if isinstance(part, Mapping) else [("", plain(part))]
+def _rows(part: object) -> list[tuple[str, object]]:
+    return flat(part) if isinstance(part, Mapping) else [("", part)]
 
 
 def _split(totals: dict[str, float], noun: str) -> str:
@@ -307,7 +311,7 @@ def _coverage_note(coverage: pl.DataFrame | None) -> str:
 
 
 def _lookup(values: pl.DataFrame, ids: pl.Series) -> dict[object, float]:
-    return dict(values.filter(pl.col("id").is_in(ids.implode())).select("id", "value").iter_rows())
+    return dict(values.join(ids.to_frame("id"), on="id", how="semi").select("id", "value").iter_rows())
 
 
 def read(ledger: Ledger) -> Contents:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from assay.report.format import Scale, plain
+from assay.report.format import Scale, named, plain
 from assay.report.tables import Cell, Column, Table, signed_cells
 
-__all__ = ["Document", "describe", "documents", "sample_table"]
+__all__ = ["Document", "describe", "documents", "has_text", "sample_table"]
 
 TEXT_LIMIT = 4000  # characters of a text that are embedded
 EXCERPT = 160
@@ -35,24 +35,48 @@ class Document:
     more_visits: int
 
 
-def describe(metadata: pl.DataFrame | None, ids: pl.Series) -> dict[object, dict[str, Any]]:
+class Description(NamedTuple):
+    """Metadata of a sample: its text (the part that is embedded), the length of all of it, and the rest."""
+
+    text: str
+    characters: int
+    facts: dict[str, Any]
+
+
+_NOTHING_KNOWN = Description("", 0, {})
+
+
+def describe(metadata: pl.DataFrame | None, ids: pl.Series) -> dict[object, Description]:
     """Metadata of a few samples, keyed by id."""
     if metadata is None:
         return {}
-    return {
-        row["id"]: row for row in metadata.filter(pl.col("id").is_in(ids.implode())).iter_rows(named=True)
-    }
+    chosen = metadata.join(ids.to_frame("id"), on="id", how="semi")
+    text = (
+        chosen["text"].fill_null("")
+        if has_text(chosen)
+        else pl.Series("text", [""] * chosen.height, dtype=pl.String)
+    )
+    rows = chosen.with_columns(text.str.slice(0, TEXT_LIMIT)).iter_rows(named=True)
+    described = {}
+    for row, length in zip(rows, text.str.len_chars(), strict=True):
+        described[row.pop("id")] = Description(row.pop("text"), length, row)
+    return described
 
 
-def excerpt(text: object) -> str:
+def has_text(metadata: pl.DataFrame) -> bool:
+    """Whether the metadata holds the samples' texts."""
+    return metadata.schema.get("text") == pl.String
+
+
+def excerpt(text: str) -> str:
     """First words of a text, on one line."""
-    words = " ".join(str(text)[: 3 * EXCERPT].split()) if text is not None else ""
+    words = " ".join(text[: 3 * EXCERPT].split())
     return words if len(words) <= EXCERPT else words[:EXCERPT].rstrip() + " …"
 
 
 def documents(
     rows: pl.DataFrame,
-    described: Mapping[object, Mapping[str, Any]],
+    described: Mapping[object, Description],
     tag: str | None,
     others: Mapping[str, Mapping[object, float]],
     steps: pl.DataFrame,
@@ -69,25 +93,27 @@ def documents(
         scale: Scale of the values of this list.
     """
     visits: dict[object, list[tuple[int, float]]] = {}
-    of_rows = steps.filter(pl.col("id").is_in(rows["id"].implode()) & pl.col("value").is_finite())
+    of_rows = steps.join(rows.select("id"), on="id", how="semi").filter(pl.col("value").is_finite())
     for step, identity, value in of_rows.select("step", "id", "value").sort("step").iter_rows():
         visits.setdefault(identity, []).append((step, value))
     shown = []
     for identity, value in rows.select("id", "value").iter_rows():
-        facts = dict(described.get(identity, {}))
-        text = facts.pop("text", None)
-        body = "" if text is None else str(text)
+        known = described.get(identity, _NOTHING_KNOWN)
         seen = visits.get(identity, [])
         shown.append(
             Document(
                 id=str(identity),
                 value=scale.signed(value),
                 helpful=value > 0,
-                tag=plain(facts.get(tag)) if tag in facts else "",
-                excerpt=excerpt(text) or str(identity),
-                text=body[:TEXT_LIMIT],
-                cut=f"first {TEXT_LIMIT:,} of {len(body):,} characters" if len(body) > TEXT_LIMIT else "",
-                facts=[(k, plain(v)) for k, v in facts.items() if k != "id" and v is not None],
+                tag=named(known.facts[tag]) if tag in known.facts else "",
+                excerpt=excerpt(known.text) or str(identity),
+                text=known.text,
+                cut=f"first {TEXT_LIMIT:,} of {known.characters:,} characters"
+                if known.characters > TEXT_LIMIT
+                else "",
+                facts=[
+                    (name, excerpt(named(fact))) for name, fact in known.facts.items() if fact is not None
+                ],
                 values=[(t, scale.signed(of_target.get(identity))) for t, of_target in others.items()],
                 visits=[(plain(step), scale.signed(v)) for step, v in seen[:VISITS]],
                 more_visits=max(0, len(seen) - VISITS),
@@ -99,7 +125,7 @@ def documents(
 def sample_table(
     ids: pl.Series,
     seen: Mapping[object, int],
-    described: Mapping[object, Mapping[str, Any]],
+    described: Mapping[object, Description],
     tag: str | None,
     values: Mapping[str, Mapping[object, float]],
     caption: str,
@@ -114,7 +140,7 @@ def sample_table(
         values: Value of each sample, by target and id.
         caption: What the table holds.
     """
-    texts = any(row.get("text") is not None for row in described.values())
+    texts = any(description.text for description in described.values())
     columns = [Column("id"), *([Column(tag)] if tag else [])]
     keys = ids.to_list()
     cells = []
@@ -126,13 +152,13 @@ def sample_table(
     columns += [Column("steps", True), *([Column("text")] if texts else [])]
     rows = []
     for key, *of_targets in zip(keys, *cells, strict=True):
-        row = described.get(key, {})
+        known = described.get(key, _NOTHING_KNOWN)
         head = [Cell(str(key))]
         if tag:
-            head.append(Cell(plain(row.get(tag))))
+            head.append(Cell(named(known.facts.get(tag))))
         count = seen.get(key)
         tail = [Cell(plain(count), count)]
         if texts:
-            tail.append(Cell(excerpt(row.get("text")), clipped=True))
+            tail.append(Cell(excerpt(known.text), clipped=True))
         rows.append([*head, *of_targets, *tail])
     return Table(caption, columns, rows, page=15, classes="samples")

@@ -107,20 +107,30 @@ def plain(value: object) -> str:
     return str(value)
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Turn nested settings into rows of (dotted name, text).
+def named(value: object) -> str:
+    """Write a value that names something: a year, a seed or an id is a whole number without separators.
 
     Example:
-        >>> flat({"model": {"layers": 2}, "seed": 0})
-        [('model.layers', '2'), ('seed', '0')]
+        >>> named(2019), named("law"), named(0.5)
+        ('2019', 'law', '0.5')
     """
-    rows: list[tuple[str, str]] = []
+    return str(value) if type(value) is int else plain(value)
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Turn nested settings into rows of (dotted name, value).
+
+    Example:
+        >>> flat({"model": {"layers": 2}, "methods": [{"path": "left"}]})
+        [('model.layers', 2), ('methods.0.path', 'left')]
+    """
+    rows: list[tuple[str, object]] = []
     for key, value in mapping.items():
         name = f"{prefix}{key}"
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, Mapping):
             rows.extend(flat(value, f"{name}."))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            rows.append((name, str(value)))  # a seed or a size is a name as much as a quantity: no separators
         else:
-            rows.append((name, plain(value)))
+            rows.append((name, value))
     return rows

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
 from assay.report.aggregate import UNNAMED
-from assay.report.format import MISSING, Scale, is_number, percent, plain
+from assay.report.format import Scale, is_number, named, percent, plain
 
-__all__ = ["Cell", "Column", "Table", "account_totals", "group_table", "matrix", "settings", "side_table"]
+__all__ = [
+    "Cell",
+    "Column",
+    "Table",
+    "account_totals",
+    "group_table",
+    "matrix",
+    "quantities",
+    "settings",
+    "side_table",
+]
 
 
 @dataclass(frozen=True)
@@ -73,91 +83,80 @@ def _share_cells(shares: Sequence[float | None]) -> list[Cell]:
     ]
 
 
-def _counts(values: Iterable[int | None]) -> list[Cell]:
-    return [_number(value, plain(value)) for value in values]
-
-
 def _name(value: object) -> str:
-    return UNNAMED if value is None else str(value)
+    return UNNAMED if value is None else named(value)
 
 
-def _grouped(
-    frames: dict[str, pl.DataFrame], column: str
-) -> tuple[list[object], dict[str, dict[object, dict[str, float]]]]:
-    """Groups in the order of their number of samples, and each target's rows keyed by group."""
-    rows = {
-        target: {row[column]: row for row in frame.iter_rows(named=True)} for target, frame in frames.items()
-    }
-    samples: dict[object, float] = {}
-    for by_group in rows.values():
-        for group, row in by_group.items():
-            samples[group] = max(samples.get(group, 0), row["samples"])
-    return sorted(samples, key=lambda group: (-samples[group], _name(group))), rows
+def _largest(frames: dict[str, pl.DataFrame], column: str, limit: int) -> dict[str, pl.DataFrame]:
+    """Rows of the groups with the most samples. Every target has the same samples, so the rows correspond."""
+    order = [pl.col("samples"), pl.col(column).cast(pl.String)]
+    return {t: f.sort(order, descending=[True, False]).head(limit) for t, f in frames.items()}
 
 
-def matrix(frames: dict[str, pl.DataFrame], column: str, noun: str) -> dict[str, Table]:
+def _heads(frames: dict[str, pl.DataFrame], column: str) -> list[tuple[Cell, Cell]]:
+    """Name and number of samples of each group."""
+    rows = next(iter(frames.values())).select(column, "samples").iter_rows()
+    return [(Cell(_name(group)), Cell(plain(samples), samples)) for group, samples in rows]
+
+
+def matrix(frames: dict[str, pl.DataFrame], column: str, noun: str, limit: int = 500) -> dict[str, Table]:
     """Group × target tables of the total value, the value per sample and the share of negative samples.
 
     Args:
-        frames: `ledger.by(column, target)` of every target.
+        frames: Of every target, what `ledger.by(column, target)` answers.
         column: The metadata column.
         noun: What a sample is called.
+        limit: Largest number of groups; the groups with the most samples are kept.
 
     Returns:
         Tables by the name of their measure.
     """
-    groups, rows = _grouped(frames, column)
-    samples = [max((int(r[g]["samples"]) for r in rows.values() if g in r), default=0) for g in groups]
-    measures = {"total value": "value", f"value per {noun}": "mean", "share negative": "negative"}
+    kept = _largest(frames, column, limit)
+    heads = _heads(kept, column)
+    cut = _cut(frames, limit)
     tables = {}
-    for title, key in measures.items():
-        values = {t: [_measure(r.get(group), key) for group in groups] for t, r in rows.items()}
-        scale = Scale.of(v for column_values in values.values() for v in column_values)
-        cells = [_share_cells(v) if key == "negative" else signed_cells(v, scale) for v in values.values()]
+    for title, key in (
+        ("total value", "value"),
+        (f"value per {noun}", "mean"),
+        ("share negative", "negative"),
+    ):
+        values = [frame[key].to_list() for frame in kept.values()]
+        scale = Scale.of(v for of_target in values for v in of_target)
+        cells = [_share_cells(v) if key == "negative" else signed_cells(v, scale) for v in values]
         unit = "" if key == "negative" else f", in {scale.unit}"
         tables[title] = Table(
-            f"{title.capitalize()} by {column} (rows) and target (columns){unit}",
+            f"{title.capitalize()} by {column} (rows) and target (columns){unit}{cut}",
             [Column(column), Column(f"{noun}s", True), *(Column(t, True) for t in frames)],
-            [[Cell(_name(g)), *row] for g, *row in zip(groups, _counts(samples), *cells, strict=True)],
+            [[*head, *row] for head, *row in zip(heads, *cells, strict=True)],
             page=30,
             classes="matrix",
         )
     return tables
 
 
-def _measure(row: dict[str, float] | None, key: str) -> float | None:
-    return None if row is None else row[key]
-
-
 def group_table(frames: dict[str, pl.DataFrame], column: str, noun: str, limit: int = 500) -> Table:
     """One metadata column: samples of each group, and for each target its value and share of negatives.
 
     Args:
-        frames: `ledger.by(column, target)` of every target.
+        frames: Of every target, what `ledger.by(column, target)` answers.
         column: The metadata column.
         noun: What a sample is called.
         limit: Largest number of groups; the groups with the most samples are kept.
     """
-    groups, rows = _grouped(frames, column)
-    kept = groups[:limit]
-    samples = [max((int(r[g]["samples"]) for r in rows.values() if g in r), default=0) for g in kept]
+    kept = _largest(frames, column, limit)
     columns = [Column(column), Column(f"{noun}s", True)]
-    cells = [_counts(samples)]
-    for target, by_group in rows.items():
-        values = [_measure(by_group.get(group), "value") for group in kept]
-        scale = Scale.of(values)
+    cells = []
+    for target, frame in kept.items():
+        scale = Scale.of(frame["value"])
         columns += [Column(target, True, note=scale.unit), Column("negative", True, note=target)]
-        cells += [
-            signed_cells(values, scale),
-            _share_cells([_measure(by_group.get(g), "negative") for g in kept]),
-        ]
-    cut = f" (the {limit:,} largest of {len(groups):,} groups)" if len(groups) > limit else ""
-    return Table(
-        f"Value by {column}{cut}",
-        columns,
-        [[Cell(_name(g)), *row] for g, *row in zip(kept, *cells, strict=True)],
-        page=15,
-    )
+        cells += [signed_cells(frame["value"].to_list(), scale), _share_cells(frame["negative"].to_list())]
+    rows = [[*head, *row] for head, *row in zip(_heads(kept, column), *cells, strict=True)]
+    return Table(f"Value by {column}{_cut(frames, limit)}", columns, rows, page=15)
+
+
+def _cut(frames: dict[str, pl.DataFrame], limit: int) -> str:
+    groups = next(iter(frames.values())).height
+    return f" (the {limit:,} largest of {groups:,} groups)" if groups > limit else ""
 
 
 def account_totals(
@@ -200,8 +199,17 @@ def side_table(frame: pl.DataFrame, caption: str, limit: int = 2000) -> Table:
     return Table(caption + cut, columns, rows)
 
 
-def settings(rows: Sequence[tuple[str, str]], caption: str) -> Table:
-    """Names and values, such as a configuration."""
+def quantities(rows: Sequence[tuple[str, object]], caption: str) -> Table:
+    """Names and measured values."""
+    cells = [[Cell(name.replace("_", " ")), Cell(plain(value))] for name, value in rows]
+    return Table(caption, [Column("quantity"), Column("value")], cells, page=50)
+
+
+def settings(rows: Sequence[tuple[str, object]], caption: str) -> Table:
+    """Names and values, such as a configuration; a seed is a name too, so whole numbers stay as they are."""
     return Table(
-        caption, [Column("name"), Column("value")], [[Cell(k), Cell(v or MISSING)] for k, v in rows], page=50
+        caption,
+        [Column("name"), Column("value")],
+        [[Cell(name), Cell(named(value))] for name, value in rows],
+        page=50,
     )

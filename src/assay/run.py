@@ -31,6 +31,7 @@ from assay.methods.base import Context, Demand, Method, MicroBatch, Session
 from assay.optimizers import OptimizerModel, model_of
 from assay.scale import GradientScale
 from assay.store import Ledger, RunWriter
+from assay.store.ids import IdKind, id_series, kind_of_dtype
 
 __all__ = ["Run", "RunStatus"]
 
@@ -120,9 +121,10 @@ class Run:
         groups = self.weights.groups
         self._scale = GradientScale(self.weights.params, groups, self.weights.number_of_groups)
         self._step = 0
+        self._id_kind: IdKind | None = None
         self._pending: list[MicroBatch] = []
         self._demand = Demand()
-        self._inside = self._closed = False
+        self._inside = self._closed = self._written = False
         self._check_due = check == "first"
         self._curve: list[dict[str, float]] = []
         self._seconds = 0.0
@@ -149,7 +151,7 @@ class Run:
         """
         self._check_open()
         started = time.perf_counter()
-        ids = _ids(ids)
+        ids = self._known_ids(ids)
         self._begin()
         capture = Capture(
             self.weights,
@@ -207,20 +209,22 @@ class Run:
         return self.writer.ledger
 
     def close(self) -> None:
-        """Book the last step, write everything and let go of the optimizer. Calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        for hook in self._hooks:
-            hook.remove()
-        try:
+        """Book the last step, write everything and let go of the optimizer.
+
+        Calling it again does nothing, unless the disk refused: then it tries once more to write.
+        """
+        if not self._closed:
+            self._closed = True
+            for hook in self._hooks:
+                hook.remove()
             for session in self._sessions:
                 session.close()
+        if not self._written:
             self.writer.add_table("coverage", self.coverage())
             if self._curve:
                 self.writer.add_table("curve", pl.DataFrame(self._curve))
-        finally:
             self.writer.close()
+            self._written = True
 
     def __enter__(self) -> Run:
         """The run itself."""
@@ -270,7 +274,7 @@ class Run:
 
     def _see_input(self, capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """On each forward pass of the model in a step: the ids match the rows; once, the start-up check."""
-        if capture.paused:
+        if capture.paused or not torch.is_grad_enabled():
             return
         leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -289,6 +293,14 @@ class Run:
                 check_capture(self.model, args, kwargs, self.weights, capture.batch)
             finally:
                 capture.paused = False
+
+    def _known_ids(self, ids: Any) -> Sequence[int | str]:
+        """The ids as they will be stored, checked before anything happens."""
+        series = id_series(ids, self._id_kind)
+        if not len(series):
+            raise InputError("run.step(ids): 0 ids were given; give one per sample of the micro-batch.")
+        self._id_kind = kind_of_dtype(series.dtype)
+        return series.to_list()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -339,12 +351,3 @@ def _check_ownership(named: Mapping[str, Parameter], owned: set[Parameter]) -> N
             f"Run(model, optimizer): {len(foreign)} of the optimizer's {len(owned)} parameters are not in the model; "
             "pass the module that holds them all (before wrapping), and the optimizer that was made from it."
         )
-
-
-def _ids(ids: Sequence[int | str] | Tensor) -> Sequence[int | str]:
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__"):
-        raise InputError(f"run.step(ids): ids must be a sequence of ints or strings, not {type(ids).__name__}.")
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not isinstance(values, list) or not values:
-        raise InputError("run.step(ids): there are no ids; give one per sample of the micro-batch.")
-    return values

@@ -32,10 +32,6 @@ class Coverage:
             counts = self.uses.setdefault(param, {})
             counts[how] = counts.get(how, 0) + 1
 
-    def looked_up(self, param: Parameter) -> bool:
-        """Whether the parameter was used as an embedding table: samples touch single rows of it."""
-        return any(how.startswith("embedding") for how in self.uses.get(param, {}))
-
     def frame(self) -> pl.DataFrame:
         """One row per parameter: `parameter, entries, percent, status, operations`.
 

@@ -39,15 +39,16 @@ class Layout:
     inner: int = 1
     labels: Tensor | None = None
 
-    def same_as(self, other: Layout) -> bool:
-        """Whether both say the same of a tensor."""
-        if (self.dim, self.batch, self.inner) != (other.dim, other.batch, other.inner):
-            return False
-        if self.labels is None or other.labels is None:
-            return self.labels is other.labels
-        return self.labels is other.labels or (
-            self.labels.shape == other.labels.shape and bool((self.labels == other.labels).all())
-        )
+    def same_as(self, other: Layout, rows: int) -> bool:
+        """Whether both give each of `rows` rows to the same sample."""
+        if self.labels is None and other.labels is None:
+            return (self.dim, self.inner) == (other.dim, other.inner)
+        if self.labels is other.labels:
+            return self.dim == other.dim
+        some = self.labels if self.labels is not None else other.labels
+        assert some is not None
+        mine, theirs = self.row_labels(rows, some.device), other.row_labels(rows, some.device)
+        return self.dim == other.dim and torch.equal(mine, theirs)
 
     def at(self, dim: int) -> Layout:
         """The same rows, now at dimension `dim`."""

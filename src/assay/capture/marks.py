@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -91,6 +94,7 @@ def directional_derivative(call: Callable[..., Tensor], primals: list[Tensor], t
     pass, which is linear in the output gradient (the double-backward trick).
     """
     tangents = {i: tangent.to(primals[i].dtype) for i, tangent in tangents.items()}
+    _load_forward_mode()
     try:
         with torch.no_grad(), forward_ad.dual_level():
             duals = [
@@ -101,6 +105,14 @@ def directional_derivative(call: Callable[..., Tensor], primals: list[Tensor], t
         return torch.zeros_like(primal) if tangent is None else tangent
     except NotImplementedError:
         return _double_backward(call, primals, tangents)
+
+
+@lru_cache(maxsize=1)
+def _load_forward_mode() -> None:
+    """What torch loads at the first forward-mode derivative, without the deprecation warning of its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _double_backward(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:

@@ -56,7 +56,7 @@ class Weights:
         self.names = {param: name for name, param in named}
         self.groups = {param: groups[param] for param in self.names}
         self.marks = {id(param): leaf(param, self.groups[param]) for param in self.names}
-        self.constants = {id(tensor) for tensor in constants}
+        self.constants = {id(tensor): tensor for tensor in constants}  # held, so that no id is given anew
         self.number_of_groups = max(self.groups.values(), default=0) + 1
 
     @property
@@ -274,10 +274,10 @@ class Capture(TorchFunctionMode):
 
     def refuse(self, call: Call, weights: Iterable[Weight], reason: str) -> None:
         """Raise the error that names the parameters of a use that cannot be followed."""
-        names = ", ".join(dict.fromkeys(self.names_of(weight) for weight in weights))
+        names = [self.weights.names[p] for p in dict.fromkeys(p for weight in weights for p in weight.params)]
         raise CoverageError(
-            f"parameter {names} meets the samples in `{call.name}`, whose per-sample gradients cannot be formed: {reason}. "
-            f"Pass exclude=[{names!r}] to leave it out of the scores (they are then partial), or rewrite the operation."
+            f"parameter {', '.join(names)} meets the samples in `{call.name}`, whose per-sample gradients cannot be formed: {reason}. "
+            f"Pass exclude={names} to leave it out of the scores (they are then partial), or rewrite the operation."
         )
 
     def names_of(self, weight: Weight | None) -> str:
@@ -308,8 +308,15 @@ class Capture(TorchFunctionMode):
 
 
 def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: Tensor) -> Tensor:
-    """`[groups, targets, B]`: the inner products of kept gradients with directions that became known later."""
-    scores = torch.zeros_like(like)
+    """`[groups, targets, B]`: the inner products of kept gradients with directions that became known later.
+
+    Args:
+        kept: what the capture kept of one micro-batch.
+        directions: `{parameter: [targets, *shape]}`.
+        like: the micro-batch's own scores, `[groups, any, B]`.
+    """
+    targets = next(iter(directions.values())).shape[0]
+    scores = like.new_zeros(like.shape[0], targets, like.shape[2])
     for weight, factors in kept:
         for group, pushed in weight.push(directions).items():
             scores[group] += factors.dot(pushed)

@@ -44,9 +44,11 @@ def follow(
     Returns:
         The layout, or None where the samples are mixed or cannot be followed.
     """
-    if any(layout is None for _, layout in data):
+    # per-sample gradients flow through operands with gradients only: a mask or an index has no say beside them
+    voters = [(tensor, layout) for tensor, layout in data if tensor.requires_grad] or list(data)
+    known = [(tensor, layout) for tensor, layout in voters if layout is not None]
+    if len(known) < len(voters):
         return None
-    known = [(tensor, layout) for tensor, layout in data if layout is not None]
     if name in _JOINS:
         return _JOINS[name](known, args, kwargs, out)
     if name in _CUTS:
@@ -55,13 +57,18 @@ def follow(
     if name in _MOVES:
         tensor, layout = known[0]
         return _MOVES[name](layout, tensor, args, kwargs, out)
-    return _agree([_broadcast(name, layout, tensor, args, kwargs, out) for tensor, layout in known])
+    return _agree([_broadcast(name, layout, tensor, args, kwargs, out) for tensor, layout in known], out)
 
 
-def _agree(layouts: Sequence[Layout | None]) -> Layout | None:
+def _agree(layouts: Sequence[Layout | None], out: Tensor) -> Layout | None:
+    """The layout that all operands give the result, or None if they differ."""
     first = layouts[0]
-    if first is None or any(other is None or not first.same_as(other) for other in layouts[1:]):
-        return None
+    for other in layouts[1:]:
+        if first is None or other is None or first.dim != other.dim:
+            return None
+        if not first.same_as(other, out.shape[first.dim]):
+            return None
+        first = first if first.labels is None else other
     return first
 
 
@@ -183,72 +190,66 @@ def _repeat_interleave(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, ou
 
 
 def _index(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
-    """`x[index]`: cut along the samples' own dimension the rows keep their labels; elsewhere it only shifts."""
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if any(isinstance(i, list) for i in index):
+    """`x[index]`: the samples' dimension only shifts, unless it is indexed itself; then its rows keep their labels."""
+    items = _complete(args[1] if isinstance(args[1], tuple) else (args[1],), x.dim())
+    if items is None:
         return None
-    used = sum(_dims_used(i) for i in index)
-    if Ellipsis in [i for i in index if not isinstance(i, Tensor)]:
-        cut = next(k for k, i in enumerate(index) if i is Ellipsis)
-        index = index[:cut] + (slice(None),) * (x.dim() - used) + index[cut + 1 :]
-    else:
-        index = index + (slice(None),) * (x.dim() - used)
-    tensors = [i for i in index if isinstance(i, Tensor)]
-    if len(tensors) > 1:
-        return _gathered(layout, x, index, tensors, out)
-    source = target = 0
-    for i in index:
-        if i is None:
-            target += 1
-            continue
-        width = _dims_used(i)
-        if source <= layout.dim < source + width:
-            return _cut_rows(layout, x, i, target)
+    tensors = [i for i in items if isinstance(i, Tensor)]
+    made = _broadcast_dims(tensors)  # dimensions that the index tensors make together
+    places = [k for k, i in enumerate(items) if isinstance(i, Tensor)]
+    together = not places or places[-1] - places[0] == len(places) - 1
+    source, target = 0, 0 if together else made
+    block = 0  # where the dimensions made by the index tensors stand in the result
+    found: tuple[Any, int, int] | None = None
+    for k, item in enumerate(items):
+        if isinstance(item, Tensor):
+            if together and k == places[0]:
+                block, target = target, target + made
+        width = _dims_used(item)
+        if width and source <= layout.dim < source + width:
+            found = (item, target, layout.dim - source)
         source += width
-        target += _dims_made(i)
-    return None
+        target += item is None or isinstance(item, slice)
+    if found is None:
+        return None
+    item, target, within = found
+    rows = x.shape[layout.dim]
+    if isinstance(item, slice):
+        if item.indices(rows) == (0, rows, 1):
+            return layout.at(target)
+        return layout.labelled(target, layout.row_labels(rows, x.device)[item])
+    return _gathered(layout, rows, item, within, block, made) if isinstance(item, Tensor) else None
+
+
+def _complete(index: Args, dims: int) -> tuple[Any, ...] | None:
+    """The index with a slice for every dimension that it does not mention; None for lists and bare booleans."""
+    if any(isinstance(i, (list, bool)) for i in index):
+        return None
+    rest = (slice(None),) * (dims - sum(_dims_used(i) for i in index))
+    cut = next((k for k, i in enumerate(index) if i is Ellipsis), None)
+    return index + rest if cut is None else index[:cut] + rest + index[cut + 1 :]
 
 
 def _dims_used(i: Any) -> int:
-    if i is None or i is Ellipsis or isinstance(i, bool):
+    if i is None or i is Ellipsis:
         return 0
     return i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
 
 
-def _dims_made(i: Any) -> int:
-    if isinstance(i, slice):
-        return 1
-    if isinstance(i, Tensor):
-        return 1 if i.dtype == torch.bool else i.dim()
-    return 0
+def _broadcast_dims(tensors: Sequence[Tensor]) -> int:
+    return max((1 if t.dtype == torch.bool else t.dim() for t in tensors), default=0)
 
 
-def _cut_rows(layout: Layout, x: Tensor, i: Any, target: int) -> Layout | None:
-    rows = x.shape[layout.dim]
-    if isinstance(i, slice):
-        if i.indices(rows) == (0, rows, 1):
-            return layout.at(target)
-        return layout.labelled(target, layout.row_labels(rows, x.device)[i])
-    if isinstance(i, Tensor) and (i.dim() == 1):
-        return layout.labelled(target, layout.row_labels(rows, x.device)[i])
-    if isinstance(i, Tensor) and i.dtype == torch.bool:  # a mask over several dimensions, the samples' among them
-        shape = [rows if d == layout.dim else 1 for d in range(i.dim())]
-        if target != 0 or layout.dim >= i.dim():
-            return None
-        labels = layout.row_labels(rows, x.device).view(shape).expand(i.shape)
-        return layout.labelled(0, labels[i])
-    return None
-
-
-def _gathered(layout: Layout, x: Tensor, index: Args, tensors: list[Tensor], out: Tensor) -> Layout | None:
-    """`x[arange(B), last]`: several index tensors over leading dimensions, one of them along the samples."""
-    lead = [i for i in index[: len(tensors)] if isinstance(i, Tensor) and i.dtype != torch.bool]
-    if len(lead) != len(tensors) or layout.dim >= len(tensors):
+def _gathered(layout: Layout, rows: int, index: Tensor, within: int, block: int, made: int) -> Layout | None:
+    """Rows picked by an index tensor: each keeps the label of the row that it was."""
+    labels = layout.row_labels(rows, index.device)
+    if index.dtype == torch.bool:  # a mask over one or several dimensions, the samples' among them
+        shape = [rows if d == within else 1 for d in range(index.dim())]
+        return layout.labelled(block + made - 1, labels.view(shape).expand(index.shape)[index])
+    varies = [d for d, size in enumerate(index.shape) if size > 1] or [max(index.dim() - 1, 0)]
+    if len(varies) > 1 or index.dim() == 0:
         return None
-    rows = torch.broadcast_tensors(*tensors)[layout.dim]
-    if rows.dim() != 1:
-        return None
-    return layout.labelled(0, layout.row_labels(x.shape[layout.dim], x.device)[rows])
+    return layout.labelled(block + made - index.dim() + varies[0], labels[index.reshape(-1)])
 
 
 def _index_select(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
@@ -313,7 +314,7 @@ def _cat(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
     first = known[0][1]
     if dim != first.dim:
-        return _agree([layout for _, layout in known])
+        return _agree([layout for _, layout in known], out)
     tensors = args[0] if args else kwargs["tensors"]
     by_id = {id(tensor): layout for tensor, layout in known}
     if any(id(tensor) not in by_id or by_id[id(tensor)].dim != dim for tensor in tensors):
@@ -324,7 +325,7 @@ def _cat(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None
 
 def _stack(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
-    layout = _agree([layout for _, layout in known])
+    layout = _agree([layout for _, layout in known], out)
     return None if layout is None else layout.at(layout.dim + (dim <= layout.dim))
 
 
@@ -348,7 +349,7 @@ def _matmul(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | N
         found.append(layout.at(out.dim() + shift) if -out.dim() <= shift < 0 else None)
     if any(l is not None and out.shape[l.dim] != t.shape[k.dim] for l, (t, k) in zip(found, known, strict=True)):
         return None
-    return _agree(found)
+    return _agree(found, out)
 
 
 _MOVES: dict[str, Rule] = {

@@ -30,7 +30,6 @@ __all__ = ["InRunShapley"]
 
 PATHS = ("left",)
 MOMENTUM = ("instant",)
-PRECONDITIONERS = ("exact", "previous")
 
 
 class InRunShapley:
@@ -41,12 +40,6 @@ class InRunShapley:
         path: the quadrature of the value's integral along the step; "left" is the paper's first order.
         momentum: "instant" credits a gradient's effect in its own step and books what momentum carries over to later
             steps on the account's line `carried`.
-        preconditioner: which second moment Adam's K_t is taken with. "exact": v_t, the current gradient included;
-            per-sample gradients are kept until the optimizer's step, which costs memory (one copy of the weights
-            per sample at most) but no further matrix product for language models. "previous": v_{t−1}, known before
-            the backward pass, so that nothing is kept; used where it can be trusted: not in the first step, and not
-            for embedding tables, where v_{t−1} of a token seen for the first time is zero (those stay exact).
-            SGD has no second moment: both are the same, and nothing is kept.
 
     Raises:
         InputError: an unknown choice, or no target.
@@ -62,7 +55,6 @@ class InRunShapley:
         targets: Mapping[str, Target] | Target,
         path: str = "left",
         momentum: str = "instant",
-        preconditioner: str = "exact",
     ) -> None:
         self.targets = {"target": targets} if isinstance(targets, Target) else dict(targets)
         if not self.targets:
@@ -72,7 +64,6 @@ class InRunShapley:
                 raise InputError(f"InRunShapley: target {name!r} must be an assay.Target, not {type(target).__name__}.")
         self.path = _choice("path", path, PATHS)
         self.momentum = _choice("momentum", momentum, MOMENTUM)
-        self.preconditioner = _choice("preconditioner", preconditioner, PRECONDITIONERS)
 
     @property
     def target_names(self) -> list[str]:
@@ -85,7 +76,6 @@ class InRunShapley:
             "method": "in-run shapley",
             "path": self.path,
             "momentum": self.momentum,
-            "preconditioner": self.preconditioner,
         }
 
     def attach(self, context: Context) -> InRunSession:
@@ -142,17 +132,15 @@ class InRunSession:
         return demand
 
     def _demand(self) -> Demand:
-        """Directions K ∇ℓ_val for the parameters whose K is known before the backward pass; the others are kept."""
-        optimizer, exact = self.context.optimizer, self.method.preconditioner == "exact"
-        directions, keep = {}, []
-        for param in self.params:
-            wait = optimizer.preconditioned and (exact or self.context.coverage.looked_up(param))
-            gain = None if wait else optimizer.previous_gain(param)
-            if gain is None:
-                keep.append(param)
-            else:
-                directions[param] = _times(self.left[param], gain)
-        return Demand(directions or None, keep)
+        """Directions K ∇ℓ_val where K is known before the backward pass; else the gradients are kept until it is.
+
+        Adam's K_t contains the current gradient in v_t. The published shortcut, v_{t−1}, is off by up to 1/ε wherever
+        an entry gets its first gradient (docs/decisions/0003).
+        """
+        if self.context.optimizer.preconditioned:
+            return Demand(keep=self.params)
+        gains = {param: self.context.optimizer.previous_gain(param) for param in self.params}
+        return Demand({p: _times(self.left[p], gain) for p, gain in gains.items() if gain is not None})
 
     def before_update(self, step: int, batches: Sequence[MicroBatch], scale: Tensor, gap: Tensor) -> None:
         """v_i = ∇ℓ_val(w_t)ᵀ K_t g_i for the step's samples, and the account's carried and decayed lines."""
@@ -170,9 +158,11 @@ class InRunSession:
             decayed += _along(left[param], split.decayed)
         groups = range(scale.shape[0])
         factor = torch.stack([scale[g].to(batches[0].scores) * optimizer.lr(g) for g in groups])  # [groups]
+        if not optimizer.preconditioned:  # a fused step() divides by the loss scale itself; `split` knows it
+            factor = factor / optimizer.grad_scale()
         values = []
         for batch in batches:
-            scores = batch.scores + contract(batch.kept, directions, batch.scores) if batch.kept else batch.scores
+            scores = contract(batch.kept, directions, batch.scores) if optimizer.preconditioned else batch.scores
             values.append(torch.einsum("g,gnb->nb", factor.to(scores), scores))
         ids = [batch.ids for batch in batches]
         self._bookings.append(_Booking(step, ids, values, carried, decayed, self.losses, gap))

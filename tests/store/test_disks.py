@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import resource
@@ -22,10 +23,11 @@ def refuse(name: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
         def fail(*args: Any, **options: Any) -> Any:
             raise OSError(number, os.strerror(number))
 
-        if name == "open":
-            monkeypatch.setattr("assay.store.files.open", fail, raising=False)
-        else:
-            monkeypatch.setattr(os, name, fail)
+        def fail_to_write(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+            return fail() if "w" in mode else real_open(path, mode, *args, **options)
+
+        real_open = builtins.open
+        monkeypatch.setattr(*((builtins, "open", fail_to_write) if name == "open" else (os, name, fail)))
 
     return patch
 
@@ -60,8 +62,7 @@ def test_a_disk_that_refuses_costs_no_row(
             assert "\n" not in message
         with pytest.raises(StoreError):
             writer.close()
-        if name != "open":  # reading opens files too
-            check(open_ledger(tmp_path / "run"), 3)
+        check(open_ledger(tmp_path / "run"), 3)
     check(open_ledger(tmp_path / "run"), 3)
     check(writer.ledger, 5)
     assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -168,7 +168,7 @@ def test_rows_reach_the_disk_after_so_many_or_so_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("assay.store.writer.time.monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     writer = RunWriter(tmp_path / "run", ["t"], flush_every=4, flush_seconds=10)
 
     def on_disk() -> int:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import torch
@@ -102,7 +102,7 @@ class Run:
         exclude: Iterable[str] = (),
         check: str = "first",
         strict: bool = False,
-        optimizer_model: str | None = None,
+        optimizer_model: Literal["sgd"] | None = None,
     ) -> None:
         if check not in ("first", "off"):
             raise InputError(f"Run(check={check!r}) is not known; choose 'first' or 'off'.")
@@ -176,7 +176,9 @@ class Run:
         scores = capture.probe.grad
         if scores is None:
             reason = "no backward pass happened" if capture.uses else "the model was not used"
-            raise InputError(f"run.step(ids): {reason} inside; put both the forward pass and loss.backward() in it.")
+            raise InputError(
+                f"run.step(ids): {reason} inside; put both the forward pass and loss.backward() in it."
+            )
         self._pending.append(MicroBatch(ids, scores, capture.kept))
         self._scale.after_backward()
         self._seconds += time.perf_counter() - started
@@ -230,7 +232,9 @@ class Run:
         """The run itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         """Close, also after an exception: what was recorded is kept."""
         self.close()
 
@@ -306,7 +310,9 @@ class Run:
         if self._closed:
             raise InputError("run.step(ids): the run is closed; make a new assay.Run for further training.")
         if self._inside:
-            raise InputError("run.step(ids): already inside a step; close the one around the last micro-batch first.")
+            raise InputError(
+                "run.step(ids): already inside a step; close the one around the last micro-batch first."
+            )
 
 
 def _watched(model: Module, optimizer: OptimizerModel, exclude: Iterable[str]) -> tuple[Weights, Coverage]:

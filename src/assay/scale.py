@@ -24,7 +24,9 @@ class GradientScale:
         number_of_groups: how many groups there are.
     """
 
-    def __init__(self, params: Sequence[Parameter], groups: Mapping[Parameter, int], number_of_groups: int) -> None:
+    def __init__(
+        self, params: Sequence[Parameter], groups: Mapping[Parameter, int], number_of_groups: int
+    ) -> None:
         self.params, self.number_of_groups = list(params), number_of_groups
         self.groups = [groups[p] for p in self.params]
         self._after_backward: tuple[list[int], Tensor, Tensor] | None = None

@@ -38,7 +38,9 @@ class Target:
 
     def __init__(self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> None:
         if not callable(loss):
-            raise InputError(f"Target(batches, loss): loss must be a function of (model, batch), not {loss!r}.")
+            raise InputError(
+                f"Target(batches, loss): loss must be a function of (model, batch), not {loss!r}."
+            )
         self.batches = list(batches)
         self.loss = loss
         if not self.batches:
@@ -83,7 +85,9 @@ class TargetPass:
             if not loss.requires_grad:
                 raise InputError(f"target {name!r}: its loss does not depend on the model's parameters.")
             found = torch.autograd.grad(loss, self.params, allow_unused=True)
-            gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
+            gradient = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)
+            ]
             total = loss.detach() if total is None else total + loss.detach()
             summed = [a.add_(b) for a, b in zip(summed, gradient, strict=True)] if summed else gradient
         assert total is not None

@@ -54,7 +54,7 @@ class Call:
     @property
     def in_place(self) -> bool:
         """Whether the call writes its result into its first operand."""
-        return self.name.endswith("_") and not self.name.endswith("__") or self.name.startswith("__i")
+        return (self.name.endswith("_") and not self.name.endswith("__")) or self.name.startswith("__i")
 
     def run(self) -> Any:
         """The plain call."""

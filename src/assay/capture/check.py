@@ -58,7 +58,11 @@ def check_capture(
         return [
             x
             for x in leaves
-            if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and x.dim() and len(x) == rows_out
+            if isinstance(x, Tensor)
+            and x.requires_grad
+            and x.is_floating_point()
+            and x.dim()
+            and len(x) == rows_out
         ]
 
     with undisturbed(model), torch.enable_grad():
@@ -119,7 +123,10 @@ def _wrong(
         wide = torch.promote_types(gradient.dtype, torch.float32)
         truth = (gradient.to(wide) * direction.to(wide)).sum()
         size = gradient.to(wide).norm()  # ⟨g, G⟩ has about this size: the entries of G are of order one
-        if not torch.isfinite(value) or (value - truth).abs() > TOLERANCE.get(param.dtype, 0.1) * size + 1e-12:
+        if (
+            not torch.isfinite(value)
+            or (value - truth).abs() > TOLERANCE.get(param.dtype, 0.1) * size + 1e-12
+        ):
             names.append(weights.names[param])
     return names
 

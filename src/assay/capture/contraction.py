@@ -19,7 +19,13 @@ from torch import Tensor
 
 from assay.capture.layout import Layout
 
-__all__ = ["CostModel", "directional", "per_sample_gradients", "per_sample_products", "weight_gradient_and_products"]
+__all__ = [
+    "CostModel",
+    "directional",
+    "per_sample_gradients",
+    "per_sample_products",
+    "weight_gradient_and_products",
+]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,12 @@ class Coverage:
         `status` is "exact", "unused" (no sample used it so far), "excluded", "frozen" or "not optimized".
         """
         rows = [
-            (name, param.numel(), "exact" if param in self.uses else "unused", ", ".join(self.uses.get(param, {})))
+            (
+                name,
+                param.numel(),
+                "exact" if param in self.uses else "unused",
+                ", ".join(self.uses.get(param, {})),
+            )
             for param, name in self.names.items()
         ]
         rows += [(name, entries, why, "") for name, (entries, why) in self.left_out.items()]

@@ -72,7 +72,10 @@ class Lookup:
         """`[targets, B]`: Σ_t ⟨b_it, G_n[index_it]⟩."""
         wide = torch.promote_types(directions.dtype, self.b.dtype)
         return torch.stack(
-            [self.layout.per_sample_sum(F.embedding(self.indices, G).to(wide).mul_(self.b)) for G in directions]
+            [
+                self.layout.per_sample_sum(F.embedding(self.indices, G).to(wide).mul_(self.b))
+                for G in directions
+            ]
         )
 
 

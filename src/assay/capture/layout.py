@@ -75,7 +75,12 @@ class Layout:
             return None
         for dim, size in enumerate(new):
             after = prod(new[dim + 1 :])
-            if after and unit % after == 0 and (after * size) % (unit * self.batch) == 0 and size >= self.batch:
+            if (
+                after
+                and unit % after == 0
+                and (after * size) % (unit * self.batch) == 0
+                and size >= self.batch
+            ):
                 return Layout(dim, self.batch, unit // after)
         return None
 

@@ -62,8 +62,9 @@ def leaf(param: Parameter, group: int) -> Weight:
 
 
 def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[int, Weight]) -> Weight:
-    """The mark of `call(*operands)` where the operands at the keys of `weights` carry those marks, and no other
-    operand depends on a sample.
+    """The mark of `call(*operands)`, whose operands at the keys of `weights` carry those marks.
+
+    No operand depends on a sample.
 
     The derivative is taken by forward-mode differentiation when a direction is pushed, so that an operation which
     nobody looks at costs nothing.
@@ -74,7 +75,10 @@ def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[in
     def push(directions: Directions) -> dict[int, Tensor]:
         pushed = {i: mark.push(directions) for i, mark in weights.items()}
         groups = sorted({group for tangents in pushed.values() for group in tangents})
-        return {group: _jvp(call, primals, {i: t[group] for i, t in pushed.items() if group in t}) for group in groups}
+        return {
+            group: _jvp(call, primals, {i: t[group] for i, t in pushed.items() if group in t})
+            for group in groups
+        }
 
     return Weight(params, push)
 
@@ -83,11 +87,16 @@ def _jvp(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int,
     """`[targets, *shape]`: the derivative of `call` along the tangents `[targets, *operand.shape]`."""
     targets = next(iter(tangents.values())).shape[0]
     return torch.stack(
-        [directional_derivative(call, primals, {i: t[n] for i, t in tangents.items()}) for n in range(targets)]
+        [
+            directional_derivative(call, primals, {i: t[n] for i, t in tangents.items()})
+            for n in range(targets)
+        ]
     )
 
 
-def directional_derivative(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:
+def directional_derivative(
+    call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]
+) -> Tensor:
     """The derivative of `call(*primals)` along one tangent for each operand named.
 
     By forward-mode differentiation; where an operation has no forward-mode formula, by differentiating its backward
@@ -98,10 +107,10 @@ def directional_derivative(call: Callable[..., Tensor], primals: list[Tensor], t
     try:
         with torch.no_grad(), forward_ad.dual_level():
             duals = [
-                forward_ad.make_dual(primal, tangents[i]) if i in tangents else primal
+                forward_ad.make_dual(primal, tangents[i]) if i in tangents else primal  # type: ignore[no-untyped-call]
                 for i, primal in enumerate(primals)
             ]
-            primal, tangent = forward_ad.unpack_dual(call(*duals))
+            primal, tangent = forward_ad.unpack_dual(call(*duals))  # type: ignore[no-untyped-call]
         return torch.zeros_like(primal) if tangent is None else tangent
     except NotImplementedError:
         return _double_backward(call, primals, tangents)
@@ -115,7 +124,9 @@ def _load_forward_mode() -> None:
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
-def _double_backward(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:
+def _double_backward(
+    call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]
+) -> Tensor:
     with torch.enable_grad():
         moved = {i: primals[i].detach().requires_grad_() for i in tangents}
         y = call(*(moved.get(i, primal) for i, primal in enumerate(primals)))

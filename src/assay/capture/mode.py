@@ -25,7 +25,7 @@ from assay.capture.call import RULES, Call
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors
 from assay.capture.layout import Layout
-from assay.capture.marks import CONSTANT, MIXED, Constant, Data, Directions, Mark, Weight, derive, leaf
+from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, leaf
 from assay.capture.operations import general_rule
 from assay.capture.operations.general import operands
 from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
@@ -141,7 +141,9 @@ class Capture(TorchFunctionMode):
 
         The engine is called directly, because every public spelling would hand the call straight back here.
         """
-        given = inspect.signature(_BACKWARD[func]).bind(*args, **{_SPELLINGS.get(k, k): v for k, v in kwargs.items()})
+        given = inspect.signature(_BACKWARD[func]).bind(
+            *args, **{_SPELLINGS.get(k, k): v for k, v in kwargs.items()}
+        )
         given.apply_defaults()
         call = given.arguments
         roots = _tuple(call["tensors"])
@@ -154,7 +156,7 @@ class Capture(TorchFunctionMode):
         retain_graph = create_graph if call["retain_graph"] is None else call["retain_graph"]
         filled = tuple(_seed(root, seed) for root, seed in zip(roots, seeds, strict=True))
         with self:
-            found = torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+            found = torch.autograd.Variable._execution_engine.run_backward(
                 roots, filled, retain_graph, create_graph, leaves,
                 allow_unreachable=accumulate or bool(call["allow_unused"]), accumulate_grad=accumulate,
             )  # fmt: skip
@@ -242,7 +244,9 @@ class Capture(TorchFunctionMode):
     def layout_by_shape(self, call: Call) -> Layout | None:
         """`layout_of` for an elementwise call of two operands, before its result exists."""
         pair = [t for t in call.args[:2] if isinstance(t, Tensor)]
-        layouts = [(t, m.layout) for t in pair if isinstance(m := self.mark_of(t), Data) and m.layout is not None]
+        layouts = [
+            (t, m.layout) for t in pair if isinstance(m := self.mark_of(t), Data) and m.layout is not None
+        ]
         if len(layouts) != 1:
             return None
         (x, layout) = layouts[0]
@@ -258,7 +262,7 @@ class Capture(TorchFunctionMode):
         tensors, _ = operands(call.args, call.kwargs)
         weights = tuple(mark for t in tensors if isinstance(mark := self.mark_of(t), Weight))
         if y.requires_grad:
-            y = watch.apply(y, self.probe, Use(self, explain), *saved)
+            y = watch.apply(y, self.probe, Use(self, explain), *saved)  # type: ignore[no-untyped-call]
         return self.note(call, weights, y, layout, call.name)
 
     def note(
@@ -276,7 +280,8 @@ class Capture(TorchFunctionMode):
         """Raise the error that names the parameters of a use that cannot be followed."""
         names = [self.weights.names[p] for p in dict.fromkeys(p for weight in weights for p in weight.params)]
         raise CoverageError(
-            f"parameter {', '.join(names)} meets the samples in `{call.name}`, whose per-sample gradients cannot be formed: {reason}. "
+            f"parameter {', '.join(names)} meets the samples in `{call.name}`, "
+            f"whose per-sample gradients cannot be formed: {reason}. "
             f"Pass exclude={names} to leave it out of the scores (they are then partial), or rewrite the operation."
         )
 
@@ -296,8 +301,8 @@ class Capture(TorchFunctionMode):
             self._pushed[weight] = weight.push(self.directions)
         return self._pushed[weight]
 
-    def record(self, uses: list[tuple[Weight, Factors]], like: Tensor) -> Tensor:
-        """`[groups, targets, B]`: the inner products of these uses; those to be kept are kept, and count nothing now."""
+    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
+        """`[groups, targets, B]`: the inner products of these uses; those to be kept count nothing now."""
         scores = torch.zeros_like(like)
         for weight, factors in uses:
             if self.keeps(weight):
@@ -325,7 +330,11 @@ def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: T
 
 # The signatures of the three spellings of a backward pass, under common names.
 def _tensor_backward(
-    tensors: Any, gradients: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+    tensors: Any,
+    gradients: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    inputs: Any = None,
 ) -> None: ...
 
 
@@ -356,7 +365,12 @@ _BACKWARD: dict[Callable[..., Any], Callable[..., None]] = {
     torch.autograd.backward: _backward,
     torch.autograd.grad: _grad,
 }
-_SPELLINGS = {"gradient": "gradients", "grad_tensors": "gradients", "grad_outputs": "gradients", "outputs": "tensors"}
+_SPELLINGS = {
+    "gradient": "gradients",
+    "grad_tensors": "gradients",
+    "grad_outputs": "gradients",
+    "outputs": "tensors",
+}
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

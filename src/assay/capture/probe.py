@@ -25,13 +25,13 @@ from assay.capture.marks import Weight
 __all__ = ["Observe", "ObserveInPlace", "ObservedLinear", "Recorder", "Use"]
 
 # what the gradient of an operation's output and its saved tensors say of the weights it used
-Explain = Callable[[Tensor, Sequence[Tensor]], list[tuple[Weight, Factors]]]
+Explain = Callable[[Tensor, Sequence[Tensor]], Sequence[tuple[Weight, Factors]]]
 
 
 class Recorder(Protocol):
     """What is done with the factored gradients of a use; `capture.Capture` is the one implementation."""
 
-    def record(self, uses: list[tuple[Weight, Factors]], like: Tensor) -> Tensor:
+    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
         """`[groups, targets, B]`: the gradient of the probe for these uses."""
         ...
 
@@ -84,7 +84,7 @@ class ObserveInPlace(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         return y
 
-    backward = Observe.backward
+    backward = Observe.backward  # type: ignore[assignment]
 
 
 class ObservedLinear(torch.autograd.Function):
@@ -103,7 +103,13 @@ class ObservedLinear(torch.autograd.Function):
         transposed: bool,
     ) -> Tensor:
         """`[…, p]` from x `[…, d]`; weight `[p, d]`, or `[d, p]` if transposed."""
-        ctx.recorder, ctx.marks, ctx.layout, ctx.transposed, ctx.like = recorder, marks, layout, transposed, probe
+        ctx.recorder, ctx.marks, ctx.layout, ctx.transposed, ctx.like = (
+            recorder,
+            marks,
+            layout,
+            transposed,
+            probe,
+        )
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):

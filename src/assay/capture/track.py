@@ -75,7 +75,9 @@ def _agree(layouts: Sequence[Layout | None], out: Tensor) -> Layout | None:
 # --- operations that keep every entry in its place ---------------------------------------------------------------
 
 
-def _broadcast(name: str, layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
+def _broadcast(
+    name: str, layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor
+) -> Layout | None:
     if out.dim() < x.dim():
         return _reduced(layout, x, args, kwargs, out)
     dim = layout.dim if name in _APPENDS else layout.dim + out.dim() - x.dim()
@@ -127,7 +129,7 @@ def _permute(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor)
 def _movedim(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
     source = kwargs.get("source", args[1] if len(args) > 1 else None)
     target = kwargs.get("destination", args[-1])
-    sources = [source] if isinstance(source, int) else list(source)  # type: ignore[arg-type]
+    sources = [source] if isinstance(source, int) else list(source)
     targets = [target] if isinstance(target, int) else list(target)
     order = [-1] * x.dim()
     for s, t in zip(sources, targets, strict=True):
@@ -202,9 +204,8 @@ def _index(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -
     block = 0  # where the dimensions made by the index tensors stand in the result
     found: tuple[Any, int, int] | None = None
     for k, item in enumerate(items):
-        if isinstance(item, Tensor):
-            if together and k == places[0]:
-                block, target = target, target + made
+        if isinstance(item, Tensor) and together and k == places[0]:
+            block, target = target, target + made
         width = _dims_used(item)
         if width and source <= layout.dim < source + width:
             found = (item, target, layout.dim - source)
@@ -284,7 +285,9 @@ def _split(
         return layout
     size = kwargs.get("split_size_or_sections", kwargs.get("split_size", args[1] if len(args) > 1 else None))
     rows = x.shape[dim]
-    starts = list(range(0, rows, size)) if isinstance(size, int) else [sum(size[:k]) for k in range(len(size))]  # type: ignore[index,arg-type]
+    starts = (
+        list(range(0, rows, size)) if isinstance(size, int) else [sum(size[:k]) for k in range(len(size))]
+    )
     start = starts[position]
     return layout.labelled(dim, layout.row_labels(rows, x.device)[start : start + out.shape[dim]])
 
@@ -347,7 +350,10 @@ def _matmul(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | N
         if tensor is right and left.dim() == 1 and tensor.dim() > 2 and from_right < -2:
             shift = from_right + 1
         found.append(layout.at(out.dim() + shift) if -out.dim() <= shift < 0 else None)
-    if any(l is not None and out.shape[l.dim] != t.shape[k.dim] for l, (t, k) in zip(found, known, strict=True)):
+    if any(
+        new is not None and out.shape[new.dim] != t.shape[old.dim]
+        for new, (t, old) in zip(found, known, strict=True)
+    ):
         return None
     return _agree(found, out)
 

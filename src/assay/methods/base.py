@@ -22,8 +22,7 @@ __all__ = ["Context", "Demand", "Method", "MicroBatch", "Session"]
 
 @dataclass(frozen=True)
 class Context:
-    """What a run hands to its methods: the model, the watched weights and what
-    is known of their uses, the optimizer's step and the ledger's writer."""
+    """What a run hands to its methods: model, watched weights and their uses, optimizer's step, ledger's writer."""
 
     model: Module
     weights: Weights

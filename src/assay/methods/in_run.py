@@ -58,10 +58,14 @@ class InRunShapley:
     ) -> None:
         self.targets = {"target": targets} if isinstance(targets, Target) else dict(targets)
         if not self.targets:
-            raise InputError("InRunShapley(targets=...): there is no target; give at least one name → Target.")
+            raise InputError(
+                "InRunShapley(targets=...): there is no target; give at least one name → Target."
+            )
         for name, target in self.targets.items():
             if not isinstance(target, Target):
-                raise InputError(f"InRunShapley: target {name!r} must be an assay.Target, not {type(target).__name__}.")
+                raise InputError(
+                    f"InRunShapley: target {name!r} must be an assay.Target, not {type(target).__name__}."
+                )
         self.path = _choice("path", path, PATHS)
         self.momentum = _choice("momentum", momentum, MOMENTUM)
 
@@ -85,7 +89,9 @@ class InRunShapley:
 
 def _choice(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
-        raise InputError(f"InRunShapley({name}={value!r}) is not known; choose one of {', '.join(map(repr, known))}.")
+        raise InputError(
+            f"InRunShapley({name}={value!r}) is not known; choose one of {', '.join(map(repr, known))}."
+        )
     return value
 
 
@@ -162,7 +168,9 @@ class InRunSession:
             factor = factor / optimizer.grad_scale()
         values = []
         for batch in batches:
-            scores = contract(batch.kept, directions, batch.scores) if optimizer.preconditioned else batch.scores
+            scores = (
+                contract(batch.kept, directions, batch.scores) if optimizer.preconditioned else batch.scores
+            )
             values.append(torch.einsum("g,gnb->nb", factor.to(scores), scores))
         ids = [batch.ids for batch in batches]
         self._bookings.append(_Booking(step, ids, values, carried, decayed, self.losses, gap))
@@ -207,10 +215,10 @@ class InRunSession:
         actual = before - after
         residual = actual - predicted - carried - decayed
         for n, name in enumerate(names):
-            row = [float(t[n]) for t in (predicted, carried, decayed, actual, residual)]
+            row = tuple(float(t[n]) for t in (predicted, carried, decayed, actual, residual))
             finite = all(abs(x) < float("inf") for x in row)
             status = booking.status if finite else "nan"
-            writer.add_account(booking.step, name, *row, status=status)
+            writer.add_account(booking.step, name, *row, status)
             if status == "ok":
                 self._explained[name][0] += sum(row[:3])
                 self._explained[name][1] += row[3]

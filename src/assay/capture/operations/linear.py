@@ -56,7 +56,7 @@ def _linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transpos
     x, weight, bias = _autocast(x, weight, bias)
     if call.capture.strict or not weight.requires_grad:
         return _watched(call, x, weight, bias, (on_weight, on_bias), layout, transposed)
-    y = ObservedLinear.apply(
+    y = ObservedLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, call.capture.probe, call.capture, (on_weight, on_bias), layout, transposed
     )
     return call.capture.note(call, (on_weight, on_bias), y, layout.at(layout.dim), "linear")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import typer
 
@@ -21,8 +20,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="assay",
-    help="What was each training example worth to the model that was trained on it?",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -34,11 +31,22 @@ app.command()(report)
 app.add_typer(bench, name="bench")
 
 
-@app.callback()
-def _assay(version: bool = typer.Option(False, "--version", help="Show the version and leave.")) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _assay(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """What was each training example worth to the model that was trained on it?
+
+    Example: assay demo
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,19 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     warnings.showwarning = _show_warning
     try:
-        app(arguments)
+        status = app(arguments or ["--help"], prog_name="assay", standalone_mode=False)
+    except typer.Abort:
+        status = 130
     except Exception as error:
         if "--debug" in arguments:
             raise
-        _say(_describe(error))
-        sys.exit(1)
+        _say(f"error: {_describe(error)}")
+        status = getattr(error, "exit_code", 1)
+    sys.exit(status or 0)
 
 
 def _describe(error: Exception) -> str:
+    if hasattr(
+        error, "format_message"
+    ):  # an unusable command line; the class differs between versions of typer
+        command = getattr(getattr(error, "ctx", None), "command_path", "assay")
+        return f"{error.format_message()} Try: {command} --help"
     line = " ".join(str(error).split())
     if isinstance(error, AssayError | ImportError):
-        return f"error: {line}"
-    return f"error: {type(error).__name__}: {line} (not foreseen: --debug shows where)"
+        return line
+    return f"{type(error).__name__}: {line} (not foreseen: --debug shows where)"
 
 
 def _show_warning(
@@ -76,10 +92,10 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line for assay's own warnings; those of libraries are no user's business unless asked for."""
+    """One line for assay's own warnings; those of libraries only for who asked for warnings."""
     if issubclass(category, AssayWarning):
         _say(f"warning: {message}")
-    elif sys.warnoptions or os.environ.get("PYTHONWARNINGS"):
+    elif sys.warnoptions:
         _say(warnings.formatwarning(message, category, filename, lineno, line).rstrip())
 
 

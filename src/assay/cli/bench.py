@@ -8,27 +8,29 @@ from pathlib import Path
 import typer
 
 import assay
+from assay.cli.options import Debug
 from assay.errors import InputError
 
 __all__ = ["bench"]
 
-bench = typer.Typer(help="Measure what assay costs on this machine.", no_args_is_help=True)
+bench = typer.Typer()
 
 
 @bench.callback()
 def _bench() -> None:
-    """Measure what assay costs on this machine."""
+    """Measure what assay costs on this machine.
+
+    Example: assay bench overhead
+    """
 
 
-@bench.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
-def overhead(context: typer.Context) -> None:
+@bench.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def overhead(context: typer.Context, debug: Debug = False) -> None:
     """Measure the time and memory that in-run values add to a training step.
 
-    Every argument goes to benchmarks/overhead.py of a source checkout; --help shows them.
+    Runs benchmarks/overhead.py of a source checkout, which takes every further argument.
 
-    Example: assay bench overhead --help
+    Example: assay bench overhead
     """
     checkout = Path(assay.__file__).parents[2]
     script = next(

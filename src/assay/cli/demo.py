@@ -15,13 +15,14 @@ __all__ = ["demo"]
 
 QUICK: dict[str, Any] = {
     "data.limit": 400,
+    "train.epochs": 1,
     "model.vocabulary": 1024,
     "model.context": 96,
     "model.layers": 2,
     "model.width": 64,
     "data.long": "cut",
     "targets.documents": 2,
-    "attribution.measure_every": 8,
+    "attribution.measure_every": 10,
 }
 """What ``--quick`` changes: enough to see that everything runs, too little to learn much."""
 

@@ -13,10 +13,16 @@ from rich.progress import Progress as Bar
 if TYPE_CHECKING:
     from assay.train import Progress
 
-__all__ = ["follow", "percent"]
+__all__ = ["follow", "make_console", "percent"]
 
 LINES = 20
 """How many lines a whole run leaves in a log."""
+
+
+def make_console() -> Console:
+    """The terminal, or a log wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
 
 
 def percent(overhead: float | None) -> str:

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 import polars as pl
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -36,76 +37,71 @@ def print_summary(console: Console, result: Result) -> None:
     for target in result.targets:
         console.print(_documents(ledger, result.documents, target, by))
     console.print(_account(ledger, result.targets))
-    console.print(
-        "Positive: lowered the target's loss. Unit: nats per token of the target, summed over the run.",
-        highlight=False,
+    lines = (
+        "Value: how much the documents lowered the target's loss over the run, in nats per token of the target;",
+        "negative ones raised it. Carried: what momentum kept of earlier steps. Explained: values, carried and",
+        "weight decay together, as a share of the real drop.",
+        "",
+        f"{result.steps} steps in {result.seconds:.0f} s. Overhead of assay: {percent(result.overhead)} of a plain step"
+        f" (median of {result.comparisons} comparisons).",
     )
-    overhead = percent(result.overhead)
-    console.print(
-        f"{result.steps} steps in {result.seconds:.0f} s; assay's overhead {overhead}, "
-        f"the median of {result.comparisons} comparisons with a plain step",
-        highlight=False,
-    )
+    for line in lines:
+        console.print(line, highlight=False)
 
 
 def _groups(ledger: Ledger, by: str, targets: list[str]) -> Table:
-    table = Table(title=f"what each {by} was worth to each target", title_justify="left")
+    table = _table(f"What each {by} was worth to each target")
     table.add_column(by)
     table.add_column("documents", justify="right")
     frames = {target: ledger.by(by, target) for target in targets}
     cells = {target: {row[by]: row["value"] for row in frame.to_dicts()} for target, frame in frames.items()}
     for target in targets:
-        table.add_column(target, justify="right")
+        table.add_column(f"→ {target}", justify="right")
     for row in frames[targets[0]].sort(by).to_dicts():
-        values = [_signed(cells[target][row[by]], f"{row[by]}" == target) for target in targets]
+        values = [_signed(cells[target][row[by]], bold=str(row[by]) == target) for target in targets]
         table.add_row(str(row[by]), str(row["samples"]), *values)
     return table
 
 
 def _documents(ledger: Ledger, documents: pl.DataFrame, target: str, by: str | None) -> Table:
     values = ledger.values(target).join(documents.unique("id", keep="first"), on="id", how="left")
-    table = Table(title=f"target {target}: most helpful and most harmful documents", title_justify="left")
-    table.add_column("value", justify="right", no_wrap=True)
+    table = _table(f"Target {target}: most helpful and most harmful documents")
+    table.add_column("value", justify="right", no_wrap=True, min_width=7)
     if by is not None:
-        table.add_column(by, no_wrap=True)
+        table.add_column(by, no_wrap=True, min_width=11)
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    ends = min(SHOWN, values.height // 2)
-    for part in (values.head(ends), values.tail(ends).reverse()):
+    shown = min(SHOWN, values.height // 2)
+    for part in (values.head(shown), values.tail(shown).reverse()):
         for row in part.to_dicts():
             group = [str(row[by])] if by is not None else []
-            table.add_row(_signed(row["value"]), *group, Text(" ".join((row["text"] or "").split())[:200]))
+            table.add_row(_signed(row["value"]), *group, Text(" ".join(row["text"].split())[:200]))
         table.add_section()
     return table
 
 
 def _account(ledger: Ledger, targets: list[str]) -> Table:
-    table = Table(title="how much of the real loss drop is explained", title_justify="left")
-    for column in (
-        "target",
-        "real drop",
-        "by values",
-        "carried",
-        "decay",
-        "unexplained",
-        "explained",
-        "negative",
-    ):
-        table.add_column(column, justify="left" if column == "target" else "right")
+    table = _table("How much of the real loss drop is explained")
+    table.add_column("target")
+    for column in ("drop", "values", "carried", "decay", "rest", "explained", "negative documents"):
+        table.add_column(column, justify="right")
     for target in targets:
         account = ledger.account(target).filter(status="ok")
-        sums = [
-            account[column].drop_nans().sum()
-            for column in ("actual", "predicted", "carried", "decayed", "residual")
-        ]
+        columns = ("actual", "predicted", "carried", "decayed", "residual")
+        sums = [account[column].drop_nans().sum() for column in columns]
         values = ledger.values(target)["value"]
-        share, negative = ledger.explained(target), float((values < 0).sum() / len(values))
+        negative = float((values < 0).sum() / len(values))
         table.add_row(
-            target,
-            *(f"{number:+.3f}" for number in sums),
-            f"{share:.0%}" if isfinite(share) else "–",
-            f"{negative:.0%}",
+            target, *(f"{number:+.3f}" for number in sums), _share(ledger.explained(target)), _share(negative)
         )
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if isfinite(share) else "–"
 
 
 def _signed(value: float, bold: bool = False) -> Text:

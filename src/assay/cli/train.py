@@ -44,14 +44,12 @@ def train(
 
 def run_and_report(config: Config) -> None:
     """Train with a progress bar, then print what the documents were worth and write the report."""
-    from rich.console import Console
-
-    from assay.cli.progress import follow
+    from assay.cli.progress import follow, make_console
     from assay.cli.summary import print_summary
     from assay.report import write
     from assay.train import train
 
-    console = Console()
+    console = make_console()
     with follow(console) as show:
         result = train(config, show)
     if result.interrupted:

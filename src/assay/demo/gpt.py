@@ -90,17 +90,17 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self.head.weight = self.token.weight
-        self.apply(self._initialise)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        std = 0.55 / self.config.width**0.5  # GPT-2's 0.02 at its width of 768
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):  # 2 · layers of them add to the residual stream
-                nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+                nn.init.normal_(parameter, std=std / (2 * self.config.layers) ** 0.5)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Give the logits, or the loss where targets are given.

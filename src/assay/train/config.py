@@ -93,13 +93,16 @@ class Targets(Section):
     Attributes:
         by: a column of the data; each of its values becomes a target. Without it there is one, ``held_out``.
         values: only these values of the column.
-        documents: documents held out for each target. All of them are run through the model at every step.
+        documents: documents held out for each target. All of them are run through the model at every step, so
+            their number and length decide what the values cost.
+        tokens: use only so many tokens of each held-out document, at its beginning; ``model.context`` if null.
         files: text of your own in place of held-out documents, as ``name: path``; read like ``data.path``.
     """
 
     by: str | None = None
     values: list[str] | None = None
     documents: Count = 8
+    tokens: Annotated[int, Field(ge=2)] | None = None
     files: dict[str, Path] = {}
 
     @model_validator(mode="after")

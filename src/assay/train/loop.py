@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import torch
@@ -158,17 +158,19 @@ def _prepare(config: Config) -> _Setup:
     documents, held = hold_out(read_documents(config.data), config.targets, config.seed)
     model, tokenizer = build_model(config.model, documents["text"])
 
-    def rows(frame: pl.DataFrame, long: Any) -> list[Row]:
-        return make_rows(frame["id"], tokenizer.encode(frame["text"]), config.model.context, long)
+    def rows(frame: pl.DataFrame, context: int, long: Literal["split", "cut"]) -> list[Row]:
+        return make_rows(frame["id"], tokenizer.encode(frame["text"]), context, long)
 
+    context = config.model.context
+    seen = min(context, config.targets.tokens or context)
     return _Setup(
         config=config,
         device=device,
         model=model.to(device).train(),
         tokenizer=tokenizer,
-        rows=rows(documents, config.data.long),
+        rows=rows(documents, context, config.data.long),
         documents=documents,
-        targets={name: make_batch(rows(frame, "cut")).to(device) for name, frame in held.items()},
+        targets={name: make_batch(rows(frame, seen, "cut")).to(device) for name, frame in held.items()},
     )
 
 
@@ -236,12 +238,14 @@ def _steps(
         compared = meter.due(step)
         if compared:
             meter.before(plain, device)
+            run.status()  # books what waits, which is no work of this step
 
         start, loss = now(device), 0.0
         for ids, batch in group:
             with run.step(ids):
                 loss += backward(batch, len(group))
-        updating, inside = now(device), run.status().seconds
+        inside = run.status().seconds if compared else 0.0
+        updating = now(device)
         norm = clip_grad_norm_(model.parameters(), train.clip or float("inf"))
         optimizer.step()
         scheduler.step()

@@ -215,13 +215,13 @@ class InRunSession:
         actual = before - after
         residual = actual - predicted - carried - decayed
         for n, name in enumerate(names):
-            row = tuple(float(t[n]) for t in (predicted, carried, decayed, actual, residual))
-            finite = all(abs(x) < float("inf") for x in row)
+            line = [float(t[n]) for t in (predicted, carried, decayed, actual, residual)]
+            finite = all(abs(x) < float("inf") for x in line)
             status = booking.status if finite else "nan"
-            writer.add_account(booking.step, name, *row, status)
+            writer.add_account(booking.step, name, line[0], line[1], line[2], line[3], line[4], status=status)
             if status == "ok":
-                self._explained[name][0] += sum(row[:3])
-                self._explained[name][1] += row[3]
+                self._explained[name][0] += sum(line[:3])
+                self._explained[name][1] += line[3]
         self._warn_if_not_a_scale(booking)
 
     def _warn_if_not_a_scale(self, booking: _Booking) -> None:

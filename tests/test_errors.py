@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import assay
+from assay.store.recording import Recording
 
 CASE = CASES["mlp"]
 LOSS = CASE.losses["sample_mean"]
@@ -142,24 +143,19 @@ def test_step_without_backward() -> None:
 
 
 def test_two_backward_passes_in_one_step() -> None:
-    """Retained or not, the gradient would count a sample twice or belong to two batches: refused, or exact."""
-    training = Training()
-    ids, batch = training.data[0][0]
-    reference = Training()
-    with reference.run.step(ids):
-        (2 * LOSS(reference.model, batch)).backward()  # type: ignore[no-untyped-call]
-    reference.update()
-    expected = reference.close().steps("held_out")["value"].to_list()
-    try:
-        with training.run.step(ids):
-            loss = LOSS(training.model, batch)
-            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            loss.backward()  # type: ignore[no-untyped-call]
-    except assay.AssayError as error:
-        assert "backward" in str(error)
-        return
-    training.update()
-    assert training.close().steps("held_out")["value"].to_list() == pytest.approx(expected, rel=1e-9)
+    """Both are in the gradient, so both are in the values."""
+    twice, doubled = Training(), Training()
+    ids, batch = twice.data[0][0]
+    with twice.run.step(ids):
+        loss = LOSS(twice.model, batch)
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+    twice.update()
+    with doubled.run.step(ids):
+        (2 * LOSS(doubled.model, batch)).backward()  # type: ignore[no-untyped-call]
+    doubled.update()
+    a, b = (t.close().steps("held_out")["value"].to_list() for t in (twice, doubled))
+    assert a == pytest.approx(b, rel=1e-9)
 
 
 def test_nested_step() -> None:
@@ -366,22 +362,18 @@ def test_optimizer_of_another_model() -> None:
 
 
 def test_optimizer_of_a_part_of_the_model() -> None:
-    """What the optimizer does not own does not move: its gradients count for nothing, or the run is refused."""
-    try:
-        training = Training(build=lambda m: SGD(m.get_submodule("net.3").parameters(), lr=0.1))
-    except assay.AssayError as error:
-        assert "net.0.weight" in str(error)
-        return
+    """What the optimizer does not own does not move, so that its gradients count for nothing."""
     frozen = CASE.model()
-    for param in [*frozen.get_submodule("net.0").parameters(), *frozen.get_submodule("net.2").parameters()]:
-        param.requires_grad_(False)
-    expected = Training(
+    for layer in ("net.0", "net.2"):
+        frozen.get_submodule(layer).requires_grad_(False)
+    training = Training(build=lambda m: SGD(m.get_submodule("net.3").parameters(), lr=0.1))
+    reference = Training(
         model=frozen, build=lambda m: SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
     )
     for _ in range(3):
         training.step()
-        expected.step()
-    a, b = (t.close().steps("held_out")["value"].to_list() for t in (training, expected))
+        reference.step()
+    a, b = (t.close().steps("held_out")["value"].to_list() for t in (training, reference))
     assert a == pytest.approx(b, rel=1e-9)
 
 
@@ -494,33 +486,50 @@ def test_uncovered_parameter_is_named() -> None:
     assert "inner" not in message
 
 
+class ReturnsItsLoss(nn.Module):
+    """A model that gives nothing per sample, so that nothing but the gradient itself can be checked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WithCube()
+
+    def forward(self, batch: Batch) -> Tensor:
+        return LOSS(self.inner, batch)
+
+
+def test_uncovered_parameter_of_a_model_that_returns_its_loss() -> None:
+    with pytest.raises(assay.CoverageError, match="gain") as error:
+        Training(model=ReturnsItsLoss().double(), target_loss=lambda m, b: m(b)).step(lambda m, b: m(b))
+    one_line(error)
+
+
+@pytest.mark.parametrize("check", ["first", "off"])
+def test_uncovered_parameter_with_single_samples(check: str) -> None:
+    training = Training(model=WithCube().double(), check=check)
+    ids, batch = training.data[0][0]
+    with (
+        pytest.raises(assay.CoverageError, match="gain") as error,
+        training.run.step(ids[:1]),
+    ):
+        LOSS(training.model, {name: x[:1] for name, x in batch.items()}).backward()  # type: ignore[no-untyped-call]
+    one_line(error)
+
+
 def test_exclude_leaves_the_parameter_out_and_says_so() -> None:
     """The rest is valued as if the parameter were frozen; coverage reports what is missing."""
-    training = Training(
-        model=WithCube().double(), exclude=["gain"], build=lambda m: SGD(m.parameters(), lr=0.1)
-    )
-    training.step()
-    assert "gain" in str(training.run.coverage())
-    frozen = WithCube().double()
-    frozen.load_state_dict(CASE.model().state_dict(), strict=False)
-    frozen.inner.load_state_dict(training.model.inner.state_dict())
-    ledger = training.close()
-    is_whole(ledger, steps=1)
-
-    torch.manual_seed(0)
-    model = WithCube().double()
-    start = {k: v.clone() for k, v in model.state_dict().items()}
+    model, frozen = WithCube().double(), WithCube().double()
+    frozen.load_state_dict(model.state_dict())
+    frozen.gain.requires_grad_(False)
     excluded = Training(model=model, exclude=["gain"], build=lambda m: SGD(m.parameters(), lr=0.1))
-    excluded.step()
-    other = WithCube().double()
-    other.load_state_dict(start)
-    other.gain.requires_grad_(False)
     reference = Training(
-        model=other, build=lambda m: SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+        model=frozen, build=lambda m: SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
     )
+    excluded.step()
     reference.step()
     a, b = (t.close().steps("held_out")["value"].to_list() for t in (excluded, reference))
     assert a == pytest.approx(b, rel=1e-9)
+    coverage = excluded.run.coverage()
+    assert coverage.filter(coverage["parameter"] == "gain")["status"].to_list() == ["excluded"]
 
 
 def test_exclude_a_parameter_that_does_not_exist() -> None:
@@ -529,22 +538,24 @@ def test_exclude_a_parameter_that_does_not_exist() -> None:
     assert "net.0.wieght" in one_line(error)
 
 
-def test_regulariser_on_a_weight_is_not_attributed_in_silence() -> None:
-    """λ|w|² in the loss belongs to no sample: named as an error, or left to the account, never shared out."""
+@pytest.mark.parametrize(
+    "penalised",
+    [
+        lambda loss, weight: loss + 0.1 * weight.square().sum(),
+        lambda loss, weight: loss * (1 + weight.norm()),
+        lambda loss, weight: torch.stack([loss, weight.abs().mean()]).sum(),
+    ],
+    ids=["sum", "product", "stack"],
+)
+def test_regulariser_on_a_weight_is_named(penalised: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """λ|w|² in the loss belongs to no sample: refused by name, never shared out in silence."""
 
     def regularised(model: nn.Module, batch: Batch) -> Tensor:
-        return LOSS(model, batch) + 0.1 * model.get_parameter("net.0.weight").square().sum()
+        return penalised(LOSS(model, batch), model.get_parameter("net.0.weight"))
 
-    training = Training(build=lambda m: SGD(m.parameters(), lr=0.1))
-    try:
-        training.step(regularised)
-    except assay.CoverageError as error:
-        assert "net.0.weight" in str(error)
-        return
-    plain = Training(build=lambda m: SGD(m.parameters(), lr=0.1))
-    plain.step()
-    a, b = (t.close().steps("held_out")["value"].to_list() for t in (training, plain))
-    assert a == pytest.approx(b, rel=1e-9)
+    with pytest.raises(assay.CoverageError, match=r"net\.0\.weight") as error:
+        Training().step(regularised)
+    assert "net.3" not in one_line(error)
 
 
 def test_weights_used_through_their_data_are_noticed() -> None:
@@ -665,6 +676,30 @@ def test_full_disk(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "run") in done.stdout
     assert "lost" in done.stdout
+
+
+def test_disk_that_refuses_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that fails, again and again, neither drops a row nor books one twice."""
+    full = True
+
+    def write_or_refuse(self: Recording, write: Callable[[Recording], None] = Recording.flush) -> None:
+        if full:
+            raise assay.StoreError("no space left on device: free some")
+        write(self)
+
+    monkeypatch.setattr(Recording, "flush", write_or_refuse)
+    training = Training(out=tmp_path / "run")
+    training.run.writer._flush_every = training.run.writer._flush_at = 1  # as often as can be
+    for _ in range(3):
+        training.step()
+        with suppress(assay.StoreError):
+            training.run.status()
+    for _ in range(2):
+        with pytest.raises(assay.StoreError):
+            training.run.close()
+    full = False
+    training.run.close()
+    is_whole(assay.open(tmp_path / "run"), steps=3)
 
 
 def test_folder_that_disappears_while_the_run_goes_on(tmp_path: Path) -> None:

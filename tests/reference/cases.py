@@ -230,6 +230,12 @@ ODD = (
     Case("sequence_first", models.SequenceFirst, _tagged(5), PER_TOKEN),
     Case("sequence_first_square", models.SequenceFirst, _tagged(4), PER_TOKEN),
     Case("unused", models.WithUnused, _classified((FEATURES,)), PER_SAMPLE),
+    Case("in_place", models.InPlace, _classified((2, 6, 6)), PER_SAMPLE),
+    Case("in_place_over_tokens", models.InPlaceOverTokens, _tagged(5), PER_TOKEN),
+    Case("temperature", models.Temperature, _tagged(5), PER_TOKEN),
+    Case("class_token", models.ClassToken, _tagged(5), PER_TOKEN),
+    Case("checkpointed", models.Checkpointed, _tagged(5), PER_TOKEN),
+    Case("routed", models.Routed, _tagged(5), PER_TOKEN),
 )
 """One trap each."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 VOCABULARY = 13
 CONTEXT = 8
@@ -178,3 +179,92 @@ class WithDropout(MLP):
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(self.net[1](self.net[0](x)), 0.3, self.training)
         return self.net[3](self.net[2](hidden))  # type: ignore[no-any-return]
+
+
+class InPlace(nn.Module):
+    """Activations that overwrite the output of a convolution and of a linear layer, and sums that grow in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(inplace=True), nn.Flatten(1))
+        self.inner = nn.Linear(96, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inner(self.features(x)), inplace=True)
+        logits = self.head(x)
+        logits += self.head(torch.tanh(x))
+        return logits
+
+
+class InPlaceOverTokens(nn.Module):
+    """The same on `[B, T, FEATURES]`, where a linear layer gives a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(FEATURES, WIDTH)
+        self.gate = nn.Parameter(torch.rand(WIDTH))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inner(x), inplace=True) * 1.0
+        x += self.gate
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Temperature(nn.Module):
+    """Parameters without a dimension: CLIP's temperature, a shared shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(FEATURES, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+        self.shift = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x) + self.shift) * self.scale.exp()
+
+
+class ClassToken(nn.Module):
+    """A learned token that is expanded to the batch and joined to the sequence, as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(FEATURES, WIDTH)
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.block = Block()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, FEATURES]
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.enter(x)], dim=1)
+        return self.head(self.block(x))[:, 1:] + self.head(self.token)  # type: ignore[no-any-return]
+
+
+class Checkpointed(nn.Module):
+    """A block whose forward pass is run again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(FEATURES, WIDTH)
+        self.block = Block()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.block, self.enter(x), use_reentrant=False)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Routed(nn.Module):
+    """Tokens that a mask sends to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(FEATURES, WIDTH), nn.Linear(FEATURES, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, FEATURES]
+        left = x[..., 0] > 0
+        y = x.new_zeros(*x.shape[:2], WIDTH)
+        y[left] = torch.tanh(self.one(x[left]))
+        y[~left] = torch.tanh(self.two(x[~left]))
+        return self.head(y)  # type: ignore[no-any-return]

@@ -29,17 +29,13 @@ class GradientScale:
     ) -> None:
         self.params, self.number_of_groups = list(params), number_of_groups
         self.groups = [groups[p] for p in self.params]
-        self._after_backward: tuple[list[int], Tensor, Tensor] | None = None
+        self._after_backward: tuple[list[int], Tensor] | None = None
 
-    def norms(self) -> tuple[list[int], Tensor, Tensor]:
-        """The parameters that have a gradient, and the 2- and 1-norms of each gradient."""
+    def norms(self) -> tuple[list[int], Tensor]:
+        """The parameters that have a gradient, and the norm of each gradient."""
         present = [i for i, p in enumerate(self.params) if p.grad is not None]
         gradients = [g for i in present if (g := self.params[i].grad) is not None]
-        if not gradients:
-            return present, torch.zeros(0), torch.zeros(0)
-        two = torch.stack(torch._foreach_norm(gradients, 2))
-        one = torch.stack(torch._foreach_norm(gradients, 1))
-        return present, two, one
+        return present, torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0)
 
     def after_backward(self) -> None:
         """Take the norms of the gradient that backward produced."""
@@ -48,20 +44,19 @@ class GradientScale:
     def before_step(self) -> tuple[Tensor, Tensor]:
         """`[groups]` the scale c, and a 0-dim tensor: how far the change was from being one scale per group.
 
-        The second is the largest relative disagreement between the parameters' own ratios (of 2-norms and of
-        1-norms) and their group's; it is zero for anything that multiplies the gradient by one number.
+        The second is the largest relative disagreement between the parameters' own ratios and their group's; it is
+        zero for anything that multiplies the gradient by one number.
         """
         assert self._after_backward is not None
-        present, two, one = self._after_backward
-        now_present, now_two, now_one = self.norms()
+        present, norms = self._after_backward
+        now_present, now = self.norms()
         if present != now_present or not present:
             return torch.ones(self.number_of_groups), torch.full((), float("inf"))
-        group = torch.tensor([self.groups[i] for i in present], device=two.device)
-        zeros = two.new_zeros(self.number_of_groups)
-        before = zeros.index_add(0, group, two.square())
-        after = zeros.index_add(0, group, now_two.square())
+        group = torch.tensor([self.groups[i] for i in present], device=norms.device)
+        zeros = norms.new_zeros(self.number_of_groups)
+        before = zeros.index_add(0, group, norms.square())
+        after = zeros.index_add(0, group, now.square())
         scale = torch.where(before > 0, (after / before).sqrt(), torch.ones_like(before))
-        gap_two = (now_two - scale[group] * two).abs() / two.clamp_min(torch.finfo(two.dtype).tiny)
-        gap_one = (now_one - scale[group] * one).abs() / one.clamp_min(torch.finfo(one.dtype).tiny)
-        gap = torch.where(two > 0, torch.maximum(gap_two, gap_one), torch.zeros_like(two)).max()
-        return scale, gap / scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny)
+        size = (scale[group] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
+        gap = torch.where(norms > 0, (now - scale[group] * norms).abs() / size, torch.zeros_like(norms))
+        return scale, gap.max()

@@ -37,6 +37,7 @@ class CostModel:
 
     per_entry: float = 0.35e-9  # a per-sample gradient entry written, summed and dotted once
     per_flop: float = 5.8e-12  # one floating-point operation inside a GEMM
+    kept_bytes: int = 256 << 20  # per-sample gradients of one layer that may be kept where a pair would be smaller
     block_bytes: int = 4 << 20  # per-sample gradients of one block: about the cache of the cores
 
     def batched(self, batch: int, p: int, d: int, targets: int) -> float:
@@ -97,15 +98,18 @@ def weight_gradient_and_products(
 
 
 def per_sample_gradients(a: Tensor, b: Tensor, layout: Layout) -> Tensor | None:
-    """`[B, p, d]` written out, where that takes less memory than the pair (a, b); None otherwise.
+    """`[B, p, d]` written out, where their memory is worth the time; None otherwise.
 
-    For language models it does: with T positions the pair holds `T·(p + d)` entries per sample against `p·d`. The
-    batched product replaces the weight-gradient GEMM, so that these gradients cost memory traffic only.
+    The batched product replaces the weight-gradient GEMM, so that these gradients cost memory traffic only, while a
+    kept pair (a, b) costs one more GEMM later. The pair holds `T·(p + d)` entries per sample against `p·d`: less for
+    wide layers and short samples, more for long ones.
     """
     d, p, batch = a.shape[-1], b.shape[-1], layout.batch
     positions = b.numel() // max(p * batch, 1)
     regular = layout.labels is None and layout.dim < b.dim() - 1
-    if not regular or p * d > positions * (p + d):
+    pair, dense = positions * (p + d), p * d
+    affordable = dense <= 4 * pair and batch * dense * a.element_size() <= COST.kept_bytes
+    if not regular or not (dense <= pair or affordable):
         return None
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
     return torch.bmm(b.transpose(1, 2), a)

@@ -59,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    warnings.showwarning = _show_warning
     try:
-        status = app(arguments or ["--help"], prog_name="assay", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = app(arguments or ["--help"], prog_name="assay", standalone_mode=False)
     except typer.Abort:
         status = 130
     except Exception as error:

@@ -15,7 +15,7 @@ __all__ = ["demo"]
 
 QUICK: dict[str, Any] = {
     "data.limit": 400,
-    "train.epochs": 1,
+    "train.epochs": 2,
     "model.vocabulary": 1024,
     "model.context": 96,
     "model.layers": 2,

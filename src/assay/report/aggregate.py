@@ -150,9 +150,8 @@ def histogram(values: np.ndarray) -> Histogram:
     bins = int(np.clip(2 * np.sqrt(len(values)), 10, 60))
     low, high = np.minimum(np.quantile(values, 0.005), 0.0), np.maximum(np.quantile(values, 0.995), 0.0)
     width = (high - low) / bins or 1.0
-    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
-    if len(edges) < 2:
-        edges = np.array([-width, 0.0, width])
+    # One bin more at the top: zero is never the last edge, which np.histogram counts with the bin below it.
+    edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)
     counts, _ = np.histogram(values, edges)
     return Histogram(edges, counts, int((values < edges[0]).sum()), int((values > edges[-1]).sum()))
 

@@ -15,7 +15,17 @@ from assay.capture.probe import Explain
 if TYPE_CHECKING:
     from assay.capture.mode import Capture
 
-__all__ = ["RULES", "Call", "Rule", "rule"]
+__all__ = ["RULES", "Call", "Rule", "rule", "writes_in_place"]
+
+
+def writes_in_place(name: str) -> bool:
+    """Whether a function of this name writes its result into its first operand."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+_IN_PLACE = frozenset(
+    {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv div floordiv mod pow and or xor".split())}
+)
 
 
 @dataclass(frozen=True)

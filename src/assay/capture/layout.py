@@ -14,6 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from assay.errors import CoverageError
+
 __all__ = ["Layout"]
 
 
@@ -25,7 +27,8 @@ class Layout:
         dim: the dimension (non-negative) that carries the samples.
         batch: B, the number of samples in the micro-batch.
         inner: consecutive rows of one sample: T after `[B, T, d]` was flattened to `[B·T, d]`.
-        labels: `[rows]` sample indices, for rows in no regular order (cut, joined or routed).
+        labels: `[rows]` sample indices, for rows in no regular order (cut, joined or routed); −1 for a row of
+            nobody (padding between routed rows), which nothing that counts may use.
 
     Example:
         >>> Layout(0, batch=2).reshaped((2, 3, 5), (6, 5))
@@ -69,10 +72,7 @@ class Layout:
         rest = prod(old[self.dim + 1 :])
         unit = self.inner * rest  # consecutive elements that belong to one sample
         if self.labels is not None:
-            for dim, size in enumerate(new):
-                if size == old[self.dim] and prod(new[dim + 1 :]) == rest:
-                    return self.at(dim)
-            return None
+            return self._relabelled(old[self.dim], rest, new)
         for dim, size in enumerate(new):
             after = prod(new[dim + 1 :])
             if (
@@ -82,6 +82,25 @@ class Layout:
                 and size >= self.batch
             ):
                 return Layout(dim, self.batch, unit // after)
+        return None
+
+    def _relabelled(self, rows: int, rest: int, new: Sequence[int]) -> Layout | None:
+        """`reshaped` for rows in no regular order: their dimension is merged with a neighbour, split, or neither."""
+        assert self.labels is not None
+        if not rows or not rest:
+            return None
+        for dim, size in enumerate(new):
+            after = prod(new[dim + 1 :])
+            if not size or not after or max(size, rows) % min(size, rows):
+                continue
+            if size >= rows and after == rest:  # merged with dimensions before it
+                return self.labelled(dim, self.labels.repeat(size // rows))
+            if size >= rows and after * (size // rows) == rest:  # … behind it
+                return self.labelled(dim, self.labels.repeat_interleave(size // rows))
+            if size < rows and after in (rest, rest * (rows // size)):
+                blocks = self.labels.view(-1, size).t() if after == rest else self.labels.view(size, -1)
+                if bool((blocks == blocks[:, :1]).all()):
+                    return self.labelled(dim, blocks[:, 0])
         return None
 
     def is_sample_major(self, rows: int) -> bool:
@@ -112,5 +131,11 @@ class Layout:
             return x.sum(1)
         x = x.movedim(self.dim, 0)
         x = x.reshape(x.shape[0], -1, *x.shape[x.dim() - keep :]).sum(1)
-        out = x.new_zeros(self.batch, *x.shape[1:])
-        return out.index_add_(0, self.labels, x)
+        out = x.new_zeros(self.batch + 1, *x.shape[1:])
+        out.index_add_(0, self.labels % (self.batch + 1), x)  # rows of nobody, label -1, come last
+        if bool(out[self.batch].any()):
+            raise CoverageError(
+                "rows that belong to no sample (padding between the rows of the samples) have a gradient, so that no "
+                "sample's share is the whole; drop these rows before they reach the loss."
+            )
+        return out[: self.batch]

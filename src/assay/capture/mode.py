@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from assay.capture.call import RULES, Call
+from assay.capture.call import RULES, Call, writes_in_place
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors
 from assay.capture.layout import Layout
@@ -76,6 +76,7 @@ class Capture(TorchFunctionMode):
         keep: the parameters whose per-sample gradients are to be kept in `kept`, for a contraction later.
         strict: leave torch's own weight gradients untouched, bit for bit.
         coverage: where uses are noted.
+        refused: collects parameters with uses that no rule follows, and why; None raises at the first.
 
     Attributes:
         probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
@@ -92,11 +93,13 @@ class Capture(TorchFunctionMode):
         keep: Collection[Parameter] = (),
         strict: bool = False,
         coverage: Coverage | None = None,
+        refused: dict[Parameter, str] | None = None,
     ) -> None:
         super().__init__()
         self.weights, self.batch, self.directions = weights, batch, directions
         self.keep, self.strict = frozenset(keep), strict
         self.coverage = coverage if coverage is not None else Coverage(weights.names)
+        self.refused = refused
         self.kept: list[tuple[Weight, Factors]] = []
         some = next(iter(weights.params))
         targets = next(iter(directions.values())).shape[0] if directions else 1
@@ -123,10 +126,24 @@ class Capture(TorchFunctionMode):
         marks = [self.mark_of(t) for t in tensors]
         if not torch.is_grad_enabled():
             marks = [CONSTANT if isinstance(mark, Weight) else mark for mark in marks]
-        used = [mark for mark in marks if isinstance(mark, Weight)]
-        if used and any(isinstance(mark, Data) for mark in marks):
-            return self._use(func, args, kwargs)
+        if any(isinstance(mark, Weight) for mark in marks):
+            # what mixes the samples but has no gradient (which expert, how many) is a constant to a weight
+            marks = [
+                CONSTANT if isinstance(mark, Data) and mark.layout is None and not t.requires_grad else mark
+                for t, mark in zip(tensors, marks, strict=True)
+            ]
+            if any(isinstance(mark, Data) for mark in marks):
+                return self._use(func, args, kwargs)
+        name = _name(func)
+        in_place = writes_in_place(name) and bool(tensors)
+        if in_place and any(isinstance(mark, Weight) for mark in marks):
+            tensors = [
+                tensors[0].detach().clone(),
+                *tensors[1:],
+            ]  # as it was: a derivative may be asked for later
         out = func(*args, **kwargs)
+        if name == "__setitem__":
+            self._set(args[0], self._mark_result(func, args, kwargs, tensors, marks, args[0], 0, None))
         if isinstance(out, Tensor):
             self._set(out, self._mark_result(func, args, kwargs, tensors, marks, out, 0, None))
         elif isinstance(out, (tuple, list)):
@@ -170,7 +187,7 @@ class Capture(TorchFunctionMode):
             out = general_rule(call)
         if isinstance(out, Tensor) and not isinstance(self._known(out), Data):
             self._set(out, Data(self.layout_of(call, out)))
-        return out
+        return None if call.name == "__setitem__" else out
 
     def _mark_result(
         self,
@@ -194,10 +211,13 @@ class Capture(TorchFunctionMode):
             return CONSTANT
         _, rebuild = operands(args, kwargs)
 
+        in_place = writes_in_place(_name(func))
+
         def again(*values: Tensor) -> Tensor:
-            new_args, new_kwargs = rebuild(list(values))
+            first = values[0].clone() if in_place else values[0]
+            new_args, new_kwargs = rebuild([first, *values[1:]])
             result = func(*new_args, **new_kwargs)
-            return result if parts is None else result[position]  # type: ignore[no-any-return]
+            return first if in_place else result if parts is None else result[position]  # type: ignore[no-any-return]
 
         return derive(again, tensors, weights)
 
@@ -277,12 +297,17 @@ class Capture(TorchFunctionMode):
         return y
 
     def refuse(self, call: Call, weights: Iterable[Weight], reason: str) -> None:
-        """Raise the error that names the parameters of a use that cannot be followed."""
-        names = [self.weights.names[p] for p in dict.fromkeys(p for weight in weights for p in weight.params)]
+        """Note, or raise an error that names, the parameters of a use that cannot be followed."""
+        params = list(dict.fromkeys(p for weight in weights for p in weight.params))
+        if self.refused is not None:
+            for param in params:
+                self.refused.setdefault(param, f"`{call.name}`: {reason}")
+            return
+        names = [self.weights.names[p] for p in params]
         raise CoverageError(
-            f"parameter {', '.join(names)} meets the samples in `{call.name}`, "
-            f"whose per-sample gradients cannot be formed: {reason}. "
-            f"Pass exclude={names} to leave it out of the scores (they are then partial), or rewrite the operation."
+            f"parameter {', '.join(names)} meets the samples in `{call.name}`, whose per-sample gradients cannot be "
+            f"formed: {reason}. Pass exclude={names} to leave it out of the scores (they are then partial), or "
+            "rewrite the operation."
         )
 
     def names_of(self, weight: Weight | None) -> str:

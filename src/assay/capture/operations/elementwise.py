@@ -92,18 +92,9 @@ def _broadcasts(weight: Tensor, layout: Layout, y: Tensor) -> bool:
 
 def _sum_to(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     """`[B, *shape]`: x summed over a sample's rows and over the dimensions that broadcasting added."""
-    trailing = 0  # dimensions, from the right, over which w varies: kept as they are
-    for size in reversed(shape):
-        if x.dim() - 1 - trailing == layout.dim or x.shape[x.dim() - 1 - trailing] != size:
-            break
-        trailing += 1
-    if all(size == 1 for size in shape[: len(shape) - trailing]):
-        return layout.per_sample_sum(x, keep=trailing).reshape(layout.batch, *shape)
-    whole = x.dim() - layout.dim - 1  # keep all dimensions after the samples', then reduce one by one
-    if layout.dim > 0:
-        x = x.movedim(layout.dim, 0)
-        layout, whole = layout.at(0), x.dim() - 1
-    x = layout.per_sample_sum(x, keep=whole)  # [B, …]
-    padded = (1,) * (x.dim() - 1 - len(shape)) + shape
-    dims = [d + 1 for d, size in enumerate(padded) if size == 1 and x.shape[d + 1] != 1]
-    return (x.sum(dims) if dims else x).reshape(layout.batch, *shape)
+    padded = (1,) * (x.dim() - len(shape)) + shape
+    rest = padded[: layout.dim] + padded[layout.dim + 1 :]  # w has no extent along the samples' dimension
+    x = x.movedim(layout.dim, 0)
+    dims = [d + 1 for d, size in enumerate(rest) if size == 1 and x.shape[d + 1] != 1]
+    x = x.sum(dims, keepdim=True) if dims else x
+    return layout.at(0).per_sample_sum(x, keep=x.dim() - 1).reshape(layout.batch, *shape)

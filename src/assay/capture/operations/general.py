@@ -25,6 +25,8 @@ def general_rule(call: Call) -> Any:
     if call.in_place:
         tensors[0] = tensors[0].clone()  # the call is about to overwrite it
     y = call.run()
+    if call.name == "__setitem__":
+        y = call.args[0]
     if not isinstance(y, Tensor):
         call.capture.refuse(call, weights.values(), "it returns several tensors")
         return y
@@ -37,9 +39,10 @@ def general_rule(call: Call) -> Any:
     where: Layout = layout
 
     def apply(*values: Tensor) -> Any:
-        first = [values[0].clone()] if call.in_place else [values[0]]
-        args, kwargs = rebuild([*first, *values[1:]])
-        return call.func(*args, **kwargs)
+        first = values[0].clone() if call.in_place else values[0]
+        args, kwargs = rebuild([first, *values[1:]])
+        result = call.func(*args, **kwargs)
+        return first if call.in_place else result
 
     def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Directional]]:
         primals = [t.detach() for t in saved]

@@ -1,0 +1,108 @@
+"""The one comparison: per-sample gradients of a capture against plain autograd on single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.utils._pytree import tree_leaves, tree_map
+
+from assay.capture import Capture, Weights, contract
+
+TARGETS = 2
+
+
+@dataclass
+class Outcome:
+    """Largest relative errors over parameters: scores against single samples, and their sum against `.grad`."""
+
+    samples: float
+    total: float
+    deferred: float
+    where: str
+    status: dict[str, str]
+
+
+def per_sample_outputs(out: Any, batch: int) -> list[Tensor]:
+    """The float outputs with one row per sample."""
+    if hasattr(out, "to_tuple"):
+        out = out.to_tuple()
+    return [
+        x
+        for x in tree_leaves(out, is_leaf=lambda v: isinstance(v, Tensor))
+        if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad and x.dim() and len(x) == batch
+    ]
+
+
+def row(inputs: Any, i: int, batch: int) -> Any:
+    """Sample i alone."""
+    return tree_map(
+        lambda x: x[i : i + 1] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x, inputs
+    )
+
+
+def reference(
+    model: Module, inputs: Mapping[str, Any], batch: int, params: Sequence[Parameter]
+) -> tuple[list[int], list[Tensor], list[list[Tensor]]]:
+    """Which outputs count, their random cotangents, and every sample's gradients, by autograd on it alone."""
+    outputs = per_sample_outputs(model(**inputs), batch)
+    alone = [per_sample_outputs(model(**row(inputs, i, batch)), 1) for i in range(batch)]
+    chosen = [
+        k
+        for k, x in enumerate(outputs)
+        if all(len(one) == len(outputs) and one[k].shape[1:] == x.shape[1:] for one in alone)
+    ]
+    assert chosen, "the model has no output with one row per sample"
+    generator = torch.Generator().manual_seed(2)
+    seeds = [torch.randn(outputs[k].shape, generator=generator, dtype=outputs[k].dtype) for k in chosen]
+    gradients = []
+    for i, one in enumerate(alone):
+        total = sum((one[k] * seed[i : i + 1]).sum() for k, seed in zip(chosen, seeds, strict=True))
+        found = torch.autograd.grad(total, params, allow_unused=True)
+        gradients.append(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        )
+    return chosen, seeds, gradients
+
+
+def compare(
+    model: Module, inputs: Mapping[str, Any], batch: int = 3, *, strict: bool = False, refused: Any = None
+) -> Outcome:
+    """Run the capture on the model, and measure how far it is from autograd on single samples."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    params = [p for _, p in named]
+    weights = Weights(named, {p: k for k, p in enumerate(params)}, model.buffers())
+    generator = torch.Generator().manual_seed(3)
+    directions = {p: torch.randn(TARGETS, *p.shape, generator=generator, dtype=p.dtype) for p in params}
+    chosen, seeds, gradients = reference(model, inputs, batch, params)
+    truth = torch.stack(
+        [
+            torch.stack([directions[p].flatten(1) @ g.flatten() for g in per_param], 1)
+            for p, per_param in zip(params, zip(*gradients, strict=True), strict=True)
+        ]
+    )  # [parameters, targets, B]
+    size = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in zip(*gradients, strict=True)])
+    size = size + 1e-6 * size.max()
+
+    def run(**options: Any) -> tuple[Capture, list[Tensor]]:
+        model.zero_grad()
+        capture = Capture(weights, batch, directions, strict=strict, refused=refused, **options)
+        with capture:
+            outputs = per_sample_outputs(model(**inputs), batch)
+            sum((outputs[k] * seed).sum() for k, seed in zip(chosen, seeds, strict=True)).backward()  # type: ignore[union-attr]
+        return capture, [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+    capture, grads = run()
+    scores = capture.probe.grad
+    total = torch.stack([directions[p].flatten(1) @ g.flatten() for p, g in zip(params, grads, strict=True)])
+    errors = (scores - truth).abs().amax((1, 2)) / size
+    sums = (scores.sum(2) - total).abs().amax(1) / size
+    later, _ = run(keep=params)
+    deferred = (contract(later.kept, directions, later.probe) - truth).abs().amax((1, 2)) / size
+    worst = errors.nan_to_num(float("inf")).argmax()
+    status = dict(capture.coverage.frame().select("parameter", "status").iter_rows())
+    return Outcome(float(errors.max()), float(sums.max()), float(deferred.max()), named[worst][0], status)

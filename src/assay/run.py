@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from assay.capture import Capture, Coverage, Weights
+from assay.capture import Capture, Coverage, Weights, contract
 from assay.capture.check import check_capture
+from assay.capture.totals import check_totals, gradients_of
 from assay.errors import InputError
 from assay.methods.base import Context, Demand, Method, MicroBatch, Session
 from assay.optimizers import OptimizerModel, model_of
@@ -118,6 +119,7 @@ class Run:
             self.writer.add_metadata(metadata)
         context = Context(model, self.weights, self._coverage, self.optimizer, self.writer)
         self._sessions: list[Session] = [method.attach(context) for method in methods]
+        self._to_close = list(self._sessions)
         groups = self.weights.groups
         self._scale = GradientScale(self.weights.params, groups, self.weights.number_of_groups)
         self._step = 0
@@ -125,7 +127,7 @@ class Run:
         self._pending: list[MicroBatch] = []
         self._demand = Demand()
         self._inside = self._closed = self._written = False
-        self._check_due = check == "first"
+        self._check_due = self._totals_due = check == "first"
         self._curve: list[dict[str, float]] = []
         self._seconds = 0.0
         inner = self.optimizer.optimizer
@@ -153,14 +155,8 @@ class Run:
         started = time.perf_counter()
         ids = self._known_ids(ids)
         self._begin()
-        capture = Capture(
-            self.weights,
-            len(ids),
-            self._demand.directions,
-            keep=self._demand.keep,
-            strict=self.strict,
-            coverage=self._coverage,
-        )
+        capture = self._new_capture(len(ids))
+        before = gradients_of(self.weights) if self._totals_due else {}
         first_input = self.model.register_forward_pre_hook(
             lambda module, args, kwargs: self._see_input(capture, args, kwargs), with_kwargs=True
         )
@@ -173,15 +169,35 @@ class Run:
             self._inside = False
             first_input.remove()
         started = time.perf_counter()
-        scores = capture.probe.grad
+        self._pending.append(self._finished(ids, capture, before))
+        self._scale.after_backward()
+        self._seconds += time.perf_counter() - started
+
+    def _new_capture(self, batch: int) -> Capture:
+        """For the first micro-batch everything is kept, so that its totals can be checked."""
+        keep = self.weights.params if self._totals_due else self._demand.keep
+        directions = None if self._totals_due else self._demand.directions
+        return Capture(
+            self.weights, batch, directions, keep=keep, strict=self.strict, coverage=self._coverage
+        )
+
+    def _finished(
+        self, ids: Sequence[int | str], capture: Capture, before: Mapping[Parameter, Tensor]
+    ) -> MicroBatch:
+        """What a micro-batch left, once its backward pass is done."""
+        scores, kept = capture.probe.grad, capture.kept
         if scores is None:
             reason = "no backward pass happened" if capture.uses else "the model was not used"
             raise InputError(
                 f"run.step(ids): {reason} inside; put both the forward pass and loss.backward() in it."
             )
-        self._pending.append(MicroBatch(ids, scores, capture.kept))
-        self._scale.after_backward()
-        self._seconds += time.perf_counter() - started
+        self._coverage.check_all_seen()
+        if self._totals_due:
+            self._totals_due = False
+            check_totals(self.weights, kept, scores, before)
+            if self._demand.directions is not None:
+                scores, kept = contract(kept, self._demand.directions, scores), []
+        return MicroBatch(ids, scores, kept)
 
     def coverage(self) -> pl.DataFrame:
         """How each parameter is covered: `parameter, entries, percent, status, operations`.
@@ -219,8 +235,8 @@ class Run:
             self._closed = True
             for hook in self._hooks:
                 hook.remove()
-            for session in self._sessions:
-                session.close()
+        while self._to_close:
+            self._to_close.pop(0).close()  # if the disk refuses, what it handed over has been taken
         if not self._written:
             self.writer.add_table("coverage", self.coverage())
             if self._curve:

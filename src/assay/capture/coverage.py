@@ -9,6 +9,8 @@ import polars as pl
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.errors import CoverageError
+
 __all__ = ["Coverage"]
 
 
@@ -31,6 +33,22 @@ class Coverage:
         for param in params:
             counts = self.uses.setdefault(param, {})
             counts[how] = counts.get(how, 0) + 1
+
+    def check_all_seen(self) -> None:
+        """Every parameter that has a gradient has been seen in use.
+
+        Raises:
+            CoverageError: names those that have not.
+        """
+        unseen = [
+            name for param, name in self.names.items() if param not in self.uses and param.grad is not None
+        ]
+        if unseen:
+            raise CoverageError(
+                f"parameter {', '.join(unseen)} got a gradient, but the capture saw no sample use it: is it used "
+                "inside a custom autograd.Function, or in a term of the loss that is no sample's? Use a plain torch "
+                f"operation inside run.step, or pass exclude={unseen} (scores are then partial)."
+            )
 
     def frame(self) -> pl.DataFrame:
         """One row per parameter: `parameter, entries, percent, status, operations`.

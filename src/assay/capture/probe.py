@@ -60,7 +60,7 @@ class Observe(torch.autograd.Function):
         """`y` itself, under a new autograd node."""
         ctx.use, ctx.like = use, probe
         ctx.save_for_backward(*saved)
-        return y.detach()
+        return _alias(y)
 
     @staticmethod
     @once_differentiable
@@ -113,7 +113,7 @@ class ObservedLinear(torch.autograd.Function):
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight.t() if transposed else weight, bias)
+            return _alias(F.linear(x, weight.t() if transposed else weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -126,6 +126,13 @@ class ObservedLinear(torch.autograd.Function):
                 gx = F.linear(gy, weight if ctx.transposed else weight.t())
             gw, gb, scores = _linear_backward(ctx, x, gy)
         return gx, gw, gb, scores, None, None, None, None
+
+
+def _alias(y: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: what a custom function returns as a view cannot be changed in place."""
+    if not y._is_view():
+        return y.detach()
+    return torch.ops.aten._unsafe_view(y.detach(), y.shape)  # type: ignore[no-any-return]
 
 
 def _linear_backward(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def read_header(folder: Path) -> Header:
     try:
         fields = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        if not folder.exists():
+        if not os.path.exists(folder):
             raise StoreError(f"there is no folder {folder}: name the out= of a run") from error
         raise StoreError(
             f"{folder} is not a run folder (it has no {NAME}): name the out= of a run"

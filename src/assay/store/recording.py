@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,10 +163,10 @@ def _build_account(rows: list[AccountEntry]) -> pl.DataFrame:
 
 def _create(out: Path, header: Header) -> None:
     """Make the folder of a new run; StoreError, and nothing left behind, if that cannot be."""
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):  # pathlib's own raise where a folder cannot be read
         raise StoreError(f"out={str(out)!r} is a file: name a folder")
     for name in (NAME, *PARTED, TABLES):
-        if (out / name).exists():
+        if os.path.exists(out / name):
             raise _occupied(out)
     made: list[Path] = []
     try:

@@ -1,0 +1,336 @@
+"""What in-run values add to a training step: time and memory, beside the step alone and a bare validation pass.
+
+Arms, for SGD and for AdamW:
+
+* plain: forward, backward, `optimizer.step()`, `zero_grad()`;
+* pass: the same after one gradient of the validation loss by `torch.autograd.grad`, which is thrown away;
+* assay: the same loop inside `assay.Run` with one first-order target.
+
+All arms run in one process, one step of each per round in an order that rotates, so that whatever else the
+machine does hits all of them alike. A ratio is taken within a round, to the plain step of the same optimizer; the
+table gives medians and quartiles of the ratios. Peak memory is measured in a process of its own for each arm.
+
+    python benchmarks/overhead.py            # the sizes of docs/results.md, about half an hour on two cores
+    python benchmarks/overhead.py --quick    # one small model, under a minute, nothing written
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+import assay
+from assay.demo.gpt import GPT, GPTConfig
+
+VOCABULARY = 512
+RESULTS = Path(__file__).parent / "results"
+
+
+class Size(NamedTuple):
+    """Sizes of a model and its batches; the validation batch is one sample."""
+
+    batch: int
+    context: int
+    width: int
+    layers: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """From `BxTxD` or `BxTxDxLAYERS`."""
+        numbers = [int(number) for number in text.lower().split("x")]
+        if len(numbers) not in (3, 4) or min(numbers) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no size: write BxTxD or BxTxDxLAYERS, say 16x256x384"
+            )
+        batch, context, width, layers = numbers if len(numbers) == 4 else [*numbers, 4]
+        return cls(batch, context, width, layers)
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+SIZES = [Size(16, 256, 384, 4), Size(8, 256, 256, 4), Size(8, 512, 768, 2)]
+QUICK = [Size(4, 64, 64, 2)]
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd": lambda model: SGD(model.parameters(), lr=0.01, momentum=0.9),
+    "adamw": lambda model: AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1),
+}
+KINDS = ("plain", "pass", "assay")
+
+Step = Callable[[], None]
+
+
+def lm_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean next-token cross-entropy over `[B, T + 1]` tokens."""
+    loss: Tensor = model(tokens[:, :-1], tokens[:, 1:])
+    return loss
+
+
+def hugging_face_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The same of a `GPT2LMHeadModel`, which shifts the labels itself."""
+    loss: Tensor = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+    return loss
+
+
+def build(size: Size, family: str) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+    """A GPT of that size, always with the same weights, and its loss."""
+    torch.manual_seed(0)
+    heads = max(1, size.width // 64)
+    if family == "gpt":
+        return GPT(GPTConfig(VOCABULARY, size.context, size.layers, heads, size.width)), lm_loss
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=size.context, n_embd=size.width, n_layer=size.layers, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), hugging_face_loss
+
+
+def arm(size: Size, family: str, device: torch.device, optimizer: str, kind: str) -> Step:
+    """One training step of that kind, on a model of its own."""
+    model, loss_fn = build(size, family)
+    model.to(device)
+    opt = OPTIMIZERS[optimizer](model)
+    generator = torch.Generator().manual_seed(1)
+    shape = (size.batch, size.context + 1)
+    batch = torch.randint(VOCABULARY, shape, generator=generator).to(device)
+    held_out = torch.randint(VOCABULARY, (1, shape[1]), generator=generator).to(device)
+
+    def train() -> None:
+        loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        update()
+
+    def update() -> None:
+        opt.step()
+        opt.zero_grad()
+
+    def with_pass() -> None:
+        torch.autograd.grad(loss_fn(model, held_out), list(model.parameters()))
+        train()
+
+    if kind == "plain":
+        return train
+    if kind == "pass":
+        return with_pass
+    target = assay.Target([held_out], loss_fn)
+    run = assay.Run(model, opt, methods=[assay.InRunShapley({"held out": target})])
+    ids = list(range(size.batch))
+
+    def with_assay() -> None:
+        with run.step(ids):
+            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        update()
+
+    return with_assay
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Wall-clock time of a step, the device idle before and after."""
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def measure_time(size: Size, options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each round by optimizer and kind; the first `warmup` rounds are not in them."""
+    device = torch.device(options.device)
+    arms = {
+        (optimizer, kind): arm(size, options.family, device, optimizer, kind)
+        for optimizer in OPTIMIZERS
+        for kind in KINDS
+    }
+    order = list(arms)
+    result: dict[tuple[str, str], list[float]] = {key: [] for key in order}
+    for number in range(options.warmup + options.rounds):
+        for key in order[number % len(order) :] + order[: number % len(order)]:
+            taken = seconds(arms[key], device)
+            if number >= options.warmup:
+                result[key].append(taken)
+    return result
+
+
+def measure_memory(size: Size, options: argparse.Namespace, optimizer: str, kind: str) -> int:
+    """Peak bytes of three steps of one arm, in a process of its own."""
+    command = [
+        sys.executable, __file__, "--peak-of", optimizer, kind, "--size", str(size), "--family", options.family,
+        "--device", options.device, "--threads", str(options.threads),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the memory of {kind} with {optimizer} could not be measured:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def peak(size: Size, options: argparse.Namespace) -> int:
+    """Bytes that three steps of the arm `peak_of` need at most, its model with them.
+
+    On a CPU what the resident memory grew by since before the model, on a GPU what was allocated.
+    """
+    device = torch.device(options.device)
+    before = resident_peak()
+    step = arm(size, options.family, device, *options.peak_of)
+    for _ in range(3):
+        step()
+    synchronize(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_peak() - before
+
+
+def resident_peak() -> int:
+    """Bytes that this process had resident at most until now."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+def measure(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per arm: seconds, ratio to the plain step, how far above the bare pass, peak bytes."""
+    times = measure_time(size, options)
+    rows: list[dict[str, Any]] = []
+    for (optimizer, kind), taken in times.items():
+        plain, bare = times[optimizer, "plain"], times[optimizer, "pass"]
+        row: dict[str, Any] = {
+            "size": size._asdict(),
+            "optimizer": optimizer,
+            "arm": kind,
+            "seconds": summary(taken),
+            "ratio": summary([a / b for a, b in zip(taken, plain, strict=True)]),
+            "above_pass": summary([(a - v) / p for a, v, p in zip(taken, bare, plain, strict=True)]),
+            "peak_bytes": None if options.no_memory else measure_memory(size, options, optimizer, kind),
+        }
+        rows.append(row)
+    return rows
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    device = torch.device(options.device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "assay": importlib.metadata.version("assay"),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """The rows as a table."""
+    table = Table(title="one training step; ratios to the plain step: medians (quartiles)", min_width=80)
+    for column in ("size", "optimizer", "arm", "seconds", "ratio", "above pass", "MiB"):
+        table.add_column(column, justify="left" if column in ("optimizer", "arm") else "right", no_wrap=True)
+    for row in rows:
+        ratio, above = row["ratio"], row["above_pass"]
+        spread = f"({ratio['lower_quartile']:.2f}-{ratio['upper_quartile']:.2f})"
+        table.add_row(
+            str(Size(**row["size"])),
+            row["optimizer"],
+            row["arm"],
+            f"{row['seconds']['median']:.4f}",
+            "1" if row["arm"] == "plain" else f"{ratio['median']:.3f} {spread}",
+            f"{above['median']:+.3f}" if row["arm"] == "assay" else "",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+        )
+    console.print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="overhead", description=(__doc__ or "").split("\n")[0])
+    result.add_argument(
+        "--quick", action="store_true", help="one small model and few rounds; writes only to --out"
+    )
+    result.add_argument(
+        "--size", type=Size.parse, action="append", metavar="BxTxD[xLAYERS]",
+        help="batch, context, width and layers (4 if left out); may be repeated",
+    )  # fmt: skip
+    result.add_argument(
+        "--family", choices=("gpt", "gpt2"), default="gpt", help="plain torch, or transformers' GPT-2"
+    )
+    result.add_argument("--rounds", type=int, help="timed steps of each arm (20; 5 with --quick)")
+    result.add_argument("--warmup", type=int, default=3, help="steps of each arm before them")
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    result.add_argument("--out", type=Path, help="JSON file (results/overhead-FAMILY-DEVICE.json)")
+    result.add_argument("--peak-of", nargs=2, metavar=("OPTIMIZER", "ARM"), help=argparse.SUPPRESS)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the results."""
+    options = parser().parse_args(argv)
+    options.rounds = options.rounds or (5 if options.quick else 20)
+    if options.rounds < 2:
+        parser().error("--rounds must be at least 2: quartiles need several")
+    torch.set_num_threads(options.threads)
+    sizes = options.size or (QUICK if options.quick else SIZES)
+    if options.peak_of:
+        print(peak(sizes[0], options))
+        return
+    console = Console()
+    console.width = max(console.width, 90)
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        console.print(f"measuring {size} on {options.device}, {options.rounds} rounds")
+        rows += measure(size, options)
+    show(rows, console)
+    out = options.out
+    if out is None and not options.quick:
+        out = RESULTS / f"overhead-{options.family}-{torch.device(options.device).type}.json"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"rounds": options.rounds, "warmup": options.warmup, "family": options.family}
+        document = {"machine": machine(options), "settings": settings, "rows": rows}
+        out.write_text(json.dumps(document, indent=1) + "\n")
+        console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.errors import InputError
 
@@ -74,6 +75,36 @@ class TargetPass:
                 rows.append(gradient)
         stacked = {p: torch.stack(g) if len(g) > 1 else g[0][None] for p, g in zip(self.params, zip(*rows))}  # noqa: B905
         return torch.stack(losses), stacked
+
+    def hessian_products(self, direction: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+        """`{parameter: [targets, *shape]}`: each target's Hessian times one direction, by differentiating twice.
+
+        Raises:
+            RuntimeError: an operation of the model has no second derivative; attention itself runs on a kernel
+                that has one.
+        """
+        rows = []
+        with undisturbed(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for name, target in self.targets.items():
+                parts = [self._hessian_product(name, target, batch, direction) for batch in target.batches]
+                rows.append([torch.stack(p).sum(0) for p in zip(*parts, strict=True)])
+        return {p: torch.stack(g) for p, g in zip(self.params, zip(*rows, strict=True), strict=True)}
+
+    def _hessian_product(
+        self, name: str, target: Target, batch: Any, direction: Mapping[Parameter, Tensor]
+    ) -> list[Tensor]:
+        loss = self._loss(name, target, batch) / len(target.batches)
+        found = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
+        slopes = [
+            (g * direction[p].to(g.dtype)).sum()
+            for p, g in zip(self.params, found, strict=True)
+            if g is not None and g.requires_grad and p in direction
+        ]
+        if not slopes:
+            return [torch.zeros_like(p) for p in self.params]
+        along = torch.stack(slopes).sum()
+        curved = torch.autograd.grad(along, self.params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, curved, strict=True)]
 
     def _gradient(self, name: str, target: Target) -> tuple[Tensor, list[Tensor]]:
         """One batch at a time, so that only one graph is alive."""

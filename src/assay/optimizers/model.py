@@ -159,6 +159,11 @@ class OptimizerModel(ABC):
         gain = _signed(group, gain)
         return self._unless_skipped(Split(gain / scale, carried, decayed))
 
+    def couples_decay(self, param: Tensor) -> bool:
+        """Return whether the weight decay is added to the gradient (L2), so that the momentum buffer holds it."""
+        weight_decay, decoupled = self._weight_decay(self._group(param))
+        return not decoupled and not _is_zero(weight_decay)
+
     def momentum_decay(self, param: Tensor) -> float:
         """Return β₁ (or μ), by which a gradient's weight shrinks from step to step; 0.0 without momentum."""
         return float(self._momentum(self._group(param)))

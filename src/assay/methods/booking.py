@@ -1,0 +1,168 @@
+"""From a valued step to the rows of the ledger, and what its reader must be told."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from assay.errors import AssayWarning, StoreError
+from assay.store import RunWriter
+
+__all__ = ["Booking", "Books"]
+
+Ids = Sequence[int | str]
+SETTLED = 50  # steps before the explained share is judged
+LATE = -1  # the micro-batch of values that momentum brought to a later step
+
+
+@dataclass
+class Booking:
+    """One optimizer step, on its way to the ledger; tensors stay on the device until the next flush.
+
+    Args:
+        step: its number.
+        before: `[targets]`, losses at w_t.
+        gap: how far what the loop did to the gradient was from being a scale.
+        ids: by micro-batch.
+        values: by micro-batch, `[targets, B]`.
+        late: ids of earlier steps, and what reached them only now, `[targets, ids]`.
+        carried: `[targets]`, what the momentum of earlier gradients did and nobody was credited with.
+        decayed: `[targets]`, what the weight decay did.
+        points: of the quadrature.
+        met: whether the quadrature met its tolerance.
+        after: `[targets]`, losses at w_{t+1}.
+        status: of the account's row.
+    """
+
+    step: int
+    before: Tensor
+    gap: Tensor
+    ids: Sequence[Ids] = ()
+    values: Sequence[Tensor] = ()
+    late: Sequence[tuple[Ids, Tensor]] = ()
+    carried: Tensor = field(default_factory=lambda: torch.zeros(()))
+    decayed: Tensor = field(default_factory=lambda: torch.zeros(()))
+    points: int = 0
+    met: bool = True
+    after: Tensor | None = None
+    status: str = "ok"
+
+
+class Books:
+    """Writes bookings to the ledger and watches how much of the losses' fall they explain.
+
+    Args:
+        writer: of the run.
+        targets: their names.
+        band: lowest and highest explained share that passes without a warning.
+        path: the method's, for the warning's advice.
+    """
+
+    def __init__(
+        self, writer: RunWriter, targets: Sequence[str], band: tuple[float, float], path: str
+    ) -> None:
+        self.writer, self.targets, self.band, self.path = writer, targets, band, path
+        self._sums = {name: [0.0, 0.0, 0.0] for name in targets}  # explained, actual, |actual|
+        self._steps = 0
+        self._points: list[tuple[int, int, bool]] = []
+        self._told_gap = self._told_share = False
+
+    def write(self, bookings: Sequence[Booking]) -> None:
+        """Move complete bookings to the host and to the writer.
+
+        Raises:
+            StoreError: the disk refused; the writer has taken every row all the same, and keeps it.
+        """
+        refused: StoreError | None = None
+        for booking in bookings:
+            for add in self._rows_of(booking):
+                try:
+                    add()
+                except StoreError as error:
+                    refused = refused or error
+        if bookings:
+            self._write_quadrature()
+        if refused is not None:
+            raise refused
+
+    def _rows_of(self, booking: Booking) -> Iterator[Callable[[], None]]:
+        """What is to be added to the writer, row group by row group."""
+        assert booking.after is not None
+        predicted = torch.zeros(len(self.targets), dtype=torch.float64)
+        for micro, (ids, values) in enumerate(zip(booking.ids, booking.values, strict=True)):
+            host = values.double().cpu()  # [targets, B]
+            predicted += host.sum(1)
+            yield partial(self.writer.add_values, booking.step, micro, ids, host.t().numpy())
+        if booking.late:
+            ids = [i for some, _ in booking.late for i in some]
+            host = torch.cat([found for _, found in booking.late], 1).double().cpu()
+            predicted += host.sum(1)
+            yield partial(self.writer.add_values, booking.step, LATE, ids, host.t().numpy())
+        before, after, carried, decayed = (
+            t.double().cpu().expand(len(self.targets))
+            for t in (booking.before, booking.after, booking.carried, booking.decayed)
+        )
+        actual = before - after
+        residual = actual - predicted - carried - decayed
+        for n, name in enumerate(self.targets):
+            p, c, d, a, r = (float(t[n]) for t in (predicted, carried, decayed, actual, residual))
+            status = booking.status if all(map(math.isfinite, (p, c, d, a, r))) else "nan"
+            yield partial(self.writer.add_account, booking.step, name, p, c, d, a, r, status)
+            if status == "ok":
+                for i, x in enumerate((p + c + d, a, abs(a))):
+                    self._sums[name][i] += x
+        self._steps += 1
+        if booking.points:
+            self._points.append((booking.step, booking.points, booking.met))
+        self._warn_of_gap(booking)
+
+    def _write_quadrature(self) -> None:
+        """The table "quadrature": step, points (gradients along the step, both ends included), met (the tolerance)."""
+        if self._points:
+            columns = {"step": pl.Int64(), "points": pl.Int64(), "met": pl.Boolean()}
+            self.writer.add_table("quadrature", pl.DataFrame(self._points, schema=columns, orient="row"))
+
+    def explained(self) -> Mapping[str, float]:
+        """(Σ predicted + carried + decayed) / Σ actual, by target, over the steps written so far."""
+        return {name: e / a if a else math.nan for name, (e, a, _) in self._sums.items()}
+
+    def warn_of_share(self) -> None:
+        """Warn once where the explained share has left the band.
+
+        Not in the first steps, nor of a loss that has gone up and down ten times as much as it has moved on the
+        whole, whose share says nothing.
+        """
+        if self._told_share or self._steps < SETTLED:
+            return
+        for name, (explained, actual, moved) in self._sums.items():
+            if abs(actual) <= 0.1 * moved or self.band[0] <= explained / actual <= self.band[1]:
+                continue
+            self._told_share = True
+            higher = {"left": "path='trapezoid' or path='simpson'", "trapezoid": "path='simpson'"}
+            advice = higher.get(self.path, "path='simpson'" if self.path == "hessian" else "a tolerance=0.02")
+            warnings.warn(
+                f"target {name!r}: after {self._steps} steps the account explains {explained / actual:.0%} of its "
+                f"loss's change, outside {self.band[0]:.0%} to {self.band[1]:.0%}: the steps are too long for "
+                f"path={self.path!r}; lower the learning rate, or take {advice}.",
+                AssayWarning,
+                stacklevel=2,
+            )
+            return
+
+    def _warn_of_gap(self, booking: Booking) -> None:
+        if not self._told_gap and float(booking.gap) > 1e-3:
+            self._told_gap = True
+            warnings.warn(
+                f"step {booking.step}: between backward() and optimizer.step() the gradient was changed by more than "
+                "one factor per parameter group (clip_grad_value_, clipping layer by layer, added noise?); values "
+                "assume a single factor, so see the account's residual.",
+                AssayWarning,
+                stacklevel=2,
+            )

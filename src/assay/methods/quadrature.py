@@ -1,0 +1,125 @@
+"""The integral of ∇ℓ_val along a step, from as many gradients as it takes.
+
+    Ḡ = ∫_0^1 ∇ℓ_val(w_t + s Δ_t) ds,        v_i = Ḡᵀ K_t g_i
+
+`trapezoid` needs the two ends, which are there anyway: the right end of a step is the left end of the next one.
+`simpson` adds the middle. With a tolerance, a step whose account does not close is cut in halves again and again
+(composite Simpson, whose error falls 16 times with each cut), until it closes or `max_points` is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from assay.methods.line import Line
+from assay.methods.step import along
+
+__all__ = ["Integral", "Quadrature"]
+
+Gradient = dict[Parameter, Tensor]  # {parameter: [targets, *shape]}
+
+
+@dataclass(frozen=True)
+class Integral:
+    """The mean gradient along one step.
+
+    Args:
+        gradient: Ḡ.
+        points: at how many points of the step the gradient was taken, both ends among them.
+        met: whether the account closes within the tolerance; true where none was asked for.
+    """
+
+    gradient: Gradient
+    points: int
+    met: bool
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How the integral is taken.
+
+    Args:
+        path: "trapezoid" or "simpson".
+        tolerance: largest |residual| / |actual| of a step and target that is left alone; None leaves all alone.
+        max_points: a step gets at most so many points; 2^k + 1 of them make sense.
+    """
+
+    path: str
+    tolerance: float | None = None
+    max_points: int = 17
+
+    def integrate(
+        self,
+        line: Line,
+        left: Gradient,
+        right: Gradient,
+        drop: Tensor,
+        rounding: Tensor,
+        passes: Callable[[], Gradient],
+    ) -> Integral:
+        """Integrate along one step.
+
+        Args:
+            line: the step.
+            left: ∇ℓ at its beginning.
+            right: ∇ℓ at its end.
+            drop: `[targets]`, ℓ(w_t) − ℓ(w_{t+1}).
+            rounding: `[targets]`, how well the drop is known.
+            passes: takes ∇ℓ at the present weights.
+        """
+        rule = _Composite(line, left, right, passes)
+        if self.path == "simpson":
+            rule.halve()
+        if self.tolerance is None:
+            return Integral(rule.mean, rule.points, True)
+        moved = line.moved()
+        allowed = (self.tolerance * drop.abs()).maximum(rounding)
+        explained = _drop_of(rule.mean, moved)
+        while not (met := bool(((drop - explained).abs() <= allowed).all())):
+            if 2 * rule.points - 1 > self.max_points:
+                break
+            before = explained
+            rule.halve()
+            explained = _drop_of(rule.mean, moved)
+            if bool(((explained - before).abs() <= 0.1 * allowed).all()):
+                # the integral has settled: what the account still misses has another cause
+                met = bool(((drop - explained).abs() <= allowed).all())
+                break
+        return Integral(rule.mean, rule.points, met)
+
+
+class _Composite:
+    """The trapezoidal rule on one interval; composite Simpson on 2, 4, 8, … of them."""
+
+    def __init__(self, line: Line, left: Gradient, right: Gradient, passes: Callable[[], Gradient]) -> None:
+        self.line, self.passes = line, passes
+        self.ends = {p: left[p] + right[p] for p in left}
+        self.inner: Gradient = {}  # Σ of ∇ℓ over the inner points
+        self.mean = {p: 0.5 * e for p, e in self.ends.items()}
+        self.points = 2
+
+    def halve(self) -> None:
+        """Cut every interval in two: one gradient at each of the new points."""
+        intervals = 2 * (self.points - 1)
+        odd: Gradient = {}
+        for j in range(1, intervals, 2):
+            with self.line.at(j / intervals):
+                found = self.passes()
+            odd = {p: odd[p].add_(g) for p, g in found.items()} if odd else found
+        weighted = {p: e + 4 * odd[p] for p, e in self.ends.items()}
+        if self.inner:
+            weighted = {p: g + 2 * self.inner[p] for p, g in weighted.items()}
+        self.mean = {p: g / (3 * intervals) for p, g in weighted.items()}
+        self.inner = {p: self.inner[p] + g for p, g in odd.items()} if self.inner else odd
+        self.points = intervals + 1
+
+
+def _drop_of(gradient: Gradient, moved: Mapping[Parameter, Tensor]) -> Tensor:
+    """`[targets]`: the drop that a mean gradient explains, ⟨Ḡ, w_t − w_{t+1}⟩."""
+    parts = [along(g, moved[p]) for p, g in gradient.items() if p in moved]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(())

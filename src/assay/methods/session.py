@@ -1,0 +1,221 @@
+"""`InRunShapley` at work: which gradient of the target values which step, and when it is there.
+
+| path | what the backward pass is asked for | values are formed |
+|---|---|---|
+| left, K known before the step (SGD), momentum instant | inner products with K ∇ℓ(w_t) | in the backward pass |
+| left, hessian | the per-sample gradients | before the optimizer's step |
+| trapezoid, simpson | the per-sample gradients | when ∇ℓ(w_{t+1}) is there: at the next step's beginning |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import polars as pl
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from assay.errors import InputError
+from assay.methods.base import Context, Demand, MicroBatch
+from assay.methods.booking import Booking, Books
+from assay.methods.hessian import HessianProducts
+from assay.methods.line import Line
+from assay.methods.momentum import ExactTail, Tail, default_horizon, read_weights
+from assay.methods.sketch import SketchTail
+from assay.methods.step import Step, read_step, times
+from assay.targets import TargetPass
+
+if TYPE_CHECKING:
+    from assay.methods.in_run import InRunShapley
+
+__all__ = ["InRunSession"]
+
+Gradient = dict[Parameter, Tensor]
+
+
+@dataclass
+class _Open:
+    """A step whose values wait for the gradient at its right end."""
+
+    step: Step
+    booking: Booking
+    line: Line
+    left: Gradient
+
+
+class InRunSession:
+    """`InRunShapley` at work in one run."""
+
+    def __init__(self, method: InRunShapley, context: Context) -> None:
+        self.method, self.context = method, context
+        self.params = context.weights.params
+        self.passes = TargetPass(context.model, method.targets, self.params)
+        self.books = Books(context.writer, method.target_names, method.band, method.path)
+        self.seconds = 0.0
+        self._hessian = HessianProducts(self.passes)
+        self._tail = self._make_tail()
+        self._tail_bytes = 0
+        self._rides = method.path == "left" and self._tail is None and not context.optimizer.preconditioned
+        self._bookings: list[Booking] = []
+        self._open: _Open | None = None
+        self._first = True
+
+    def _make_tail(self) -> Tail | None:
+        method, optimizer = self.method, self.context.optimizer
+        self.horizon = 0
+        if method.momentum != "instant":
+            self.horizon = method.horizon or default_horizon(optimizer, self.params)
+        if self.horizon == 0:
+            return None
+        if method.momentum == "exact":
+            return ExactTail(optimizer, self.context.weights, self.horizon)
+        return SketchTail(optimizer, self.context.weights, self.horizon, method.sketch)
+
+    # --- the step ---
+
+    def begin_step(self, step: int) -> Demand:
+        """Take ∇ℓ_val(w_t); it closes the account of the step before."""
+        started = time.perf_counter()
+        self.losses, self.left = self.passes.gradients()
+        if self._first:
+            self._check_losses()
+        self._arrive(self.losses, self.left)
+        demand = self._demand()
+        self.seconds += time.perf_counter() - started
+        return demand
+
+    def _demand(self) -> Demand:
+        """Directions K ∇ℓ_val where K and ∇ℓ are known before the backward pass; else the gradients are kept.
+
+        Adam's K_t contains the current gradient in v_t. The published shortcut, v_{t−1}, is off by up to 1/ε wherever
+        an entry gets its first gradient (docs/decisions/0003).
+        """
+        if not self._rides:
+            return Demand(keep=self.params)
+        gains = {param: self.context.optimizer.previous_gain(param) for param in self.params}
+        return Demand({p: times(self.left[p], gain) for p, gain in gains.items() if gain is not None})
+
+    def before_update(self, step: int, batches: Sequence[MicroBatch], scale: Tensor, gap: Tensor) -> None:
+        """Read the step's causes, and value it where the gradient for that is there."""
+        started = time.perf_counter()
+        read = read_step(self.context.optimizer, self.params, step, batches, scale)
+        booking = Booking(step, self.losses, gap, [batch.ids for batch in batches])
+        if self._tail is not None:
+            self._tail.weigh(read)
+        if self._rides:
+            booking.values = read.riding_values()
+            booking.carried, booking.decayed = read.carried_by(self.left), read.decayed_by(self.left)
+            self._bookings.append(booking)
+        elif self.method.path in ("trapezoid", "simpson"):
+            moving = [p for p in self.context.optimizer.params() if p.requires_grad]
+            self._open = _Open(read, booking, Line(moving), self.left)
+        else:
+            gradient = self.left if self.method.path == "left" else self._second_order(read)
+            self._settle(read, booking, gradient)
+        self.seconds += time.perf_counter() - started
+
+    def _second_order(self, step: Step) -> Gradient:
+        """∇ℓ − ½ H u with u = w_t − w_{t+1}, the step about to be taken."""
+        u = {}
+        for p, gain in step.gains.items():
+            assert p.grad is not None
+            lr = self.context.optimizer.lr(self.context.optimizer.group_index(p))
+            u[p] = (lr * gain * p.grad + step.carried[p] + step.decayed[p]).expand_as(p)
+        curved = self._hessian(u)
+        return {p: g - 0.5 * curved[p] for p, g in self.left.items()}
+
+    def _settle(self, step: Step, booking: Booking, gradient: Gradient) -> None:
+        """The step's values and the account's lines, all from one mean gradient along it; the weights are w_t."""
+        booking.values = step.values(gradient)
+        booking.carried, booking.decayed = step.carried_by(gradient), step.decayed_by(gradient)
+        if self._tail is not None:
+            booking.late = self._tail.share(step, gradient, booking.carried)
+            for _, values in booking.late:
+                booking.carried = booking.carried - values.sum(1)
+            self._tail.remember(step)
+            self._tail_bytes = max(self._tail_bytes, self._tail.bytes())
+        self._bookings.append(booking)
+
+    def _arrive(self, losses: Tensor, right: Gradient | None = None) -> None:
+        """The weights stand at the end of the last step: complete its booking.
+
+        Args:
+            losses: `[targets]` there.
+            right: ∇ℓ there; needed where a step is open.
+        """
+        if self._open is not None:
+            assert right is not None
+            open_, self._open = self._open, None
+            open_.line.end()
+            drop = open_.booking.before - losses
+            integral = self.method.quadrature.integrate(
+                open_.line, open_.left, right, drop, _rounding(losses), lambda: self.passes.gradients()[1]
+            )
+            open_.booking.points, open_.booking.met = integral.points, integral.met
+            reads = read_weights(open_.step, self.context.weights)
+            with torch.no_grad(), open_.line.at(0) if reads else nullcontext():
+                self._settle(open_.step, open_.booking, integral.gradient)
+        if self._bookings and self._bookings[-1].after is None:
+            self._bookings[-1].after = losses
+
+    def skipped(self, step: int) -> None:
+        """Nothing moved: an empty row that says so."""
+        gap = torch.zeros((), device=self.losses.device)
+        self._bookings.append(Booking(step, self.losses, gap, after=self.losses, status="skipped"))
+
+    def unattended_update(self) -> None:
+        """Weights are about to move by a step that was not seen: measure the last one's effect now."""
+        self._finish()
+        if self._tail is not None:
+            self._tail.pass_by()
+
+    def _finish(self) -> None:
+        """Complete the last step's booking without a next step."""
+        if self._open is not None:
+            self._arrive(*self.passes.gradients())
+        elif self._bookings and self._bookings[-1].after is None:
+            self._arrive(self.passes.losses())
+
+    # --- booking ---
+
+    def close(self) -> None:
+        """Measure the effect of the last step, and hand everything over."""
+        self._finish()
+        self.flush()
+
+    def flush(self) -> None:
+        """Move what is complete to the host, in bulk, and to the ledger's writer."""
+        done = [b for b in self._bookings if b.after is not None]
+        self._bookings = self._bookings[len(done) :]
+        self.books.write(done)
+        if done:
+            self._write_momentum()
+            self.books.warn_of_share()
+
+    def _write_momentum(self) -> None:
+        if self._tail is not None:
+            row = {"momentum": self.method.momentum, "horizon": self.horizon, "bytes": self._tail_bytes}
+            self.context.writer.add_table("momentum", pl.DataFrame([row]))
+
+    def explained(self) -> Mapping[str, float]:
+        """(Σ predicted + carried + decayed) / Σ actual, by target, over the steps written so far."""
+        return self.books.explained()
+
+    def _check_losses(self) -> None:
+        self._first = False
+        for name, loss in zip(self.method.target_names, self.losses.tolist(), strict=True):
+            if loss != loss or abs(loss) == float("inf"):
+                raise InputError(
+                    f"target {name!r}: its loss is {loss} at the first step, so nothing can be valued against it; "
+                    "check its batches and its loss function."
+                )
+
+
+def _rounding(losses: Tensor) -> Tensor:
+    """`[targets]`: how far a difference of two such losses may be off by rounding alone."""
+    return 4 * torch.finfo(losses.dtype).eps * losses.abs()

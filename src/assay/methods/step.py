@@ -1,0 +1,131 @@
+"""One optimizer step by cause: what of it must live until its values are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from assay.capture import contract
+from assay.capture.marks import Directions
+from assay.methods.base import MicroBatch
+from assay.optimizers import OptimizerModel
+
+__all__ = ["Step", "along", "read_step", "times"]
+
+
+@dataclass
+class Step:
+    """`w_t − w_{t+1} = K_t Σ_i g_i + carried + decayed`, parameter by parameter.
+
+    Args:
+        number: of the step.
+        batches: its micro-batches, with the per-sample gradients that were kept.
+        lr: `[groups]` learning rates.
+        scale: `[groups]` c, what the loop multiplied the gradient by since `backward()`.
+        loss_scale: by which `step()` itself divides the gradient; 1 where it does not.
+        gains: K_t / lr of each parameter that moves; contains 1 / loss_scale.
+        carried: what the momentum of earlier gradients moves.
+        decayed: what the weight decay moves.
+        kappas: what `momentum.Tail.weigh` said of the earlier steps, in its order.
+        counts: the optimizer's own number of this step, by parameter; filled where the momentum is shared out.
+    """
+
+    number: int
+    batches: Sequence[MicroBatch]
+    lr: Tensor
+    scale: Tensor
+    loss_scale: float | Tensor
+    gains: Mapping[Parameter, Tensor | float]
+    carried: Mapping[Parameter, Tensor | float]
+    decayed: Mapping[Parameter, Tensor | float]
+    counts: dict[Parameter, int] = field(default_factory=dict)
+    kappas: list[dict[Parameter, float]] = field(default_factory=list)
+
+    def riding_values(self) -> list[Tensor]:
+        """`[targets, B]` by micro-batch, from the scores that came with the backward pass along ∇ℓ ⊙ K/lr.
+
+        Those directions were made before the loss scale of `step()` was known.
+        """
+        factor = self.lr * self.scale / self.loss_scale
+        return [_weighted(factor, batch.scores) for batch in self.batches]
+
+    def values(self, gradient: Directions) -> list[Tensor]:
+        """`[targets, B]` by micro-batch: ⟨∇ℓ, K_t g_i⟩ for `{parameter: [targets, *shape]}`, from kept gradients."""
+        directions = {
+            p: times(g, self.gains[p]) if p in self.gains else torch.zeros_like(g)
+            for p, g in gradient.items()
+        }
+        factor = self.lr * self.scale
+        return [_weighted(factor, contract(batch.kept, directions, batch.scores)) for batch in self.batches]
+
+    def carried_by(self, gradient: Directions) -> Tensor:
+        """`[targets]`: ⟨∇ℓ, carried⟩."""
+        return _total(gradient, self.carried)
+
+    def decayed_by(self, gradient: Directions) -> Tensor:
+        """`[targets]`: ⟨∇ℓ, decayed⟩."""
+        return _total(gradient, self.decayed)
+
+
+def read_step(
+    optimizer: OptimizerModel,
+    params: Sequence[Parameter],
+    number: int,
+    batches: Sequence[MicroBatch],
+    scale: Tensor,
+) -> Step:
+    """Read a coming step from the optimizer, in its pre-hook: the weights have not moved yet.
+
+    Args:
+        optimizer: the model of its step.
+        params: the parameters to read.
+        number: of the step.
+        batches: its micro-batches.
+        scale: `[groups]`, c.
+    """
+    like = batches[0].scores
+    splits = {p: optimizer.split(p) for p in params if p.grad is not None}
+    lr = torch.stack(
+        [
+            torch.as_tensor(optimizer.lr(g), dtype=like.dtype, device=like.device)
+            for g in range(scale.shape[0])
+        ]
+    )
+    return Step(
+        number,
+        batches,
+        lr,
+        scale.to(like),
+        optimizer.grad_scale(),
+        {p: split.gain for p, split in splits.items()},
+        {p: split.carried for p, split in splits.items()},
+        {p: split.decayed for p, split in splits.items()},
+    )
+
+
+def times(direction: Tensor, gain: Tensor | float) -> Tensor:
+    """`[targets, *shape]`: K ⊙ ∇ℓ."""
+    return direction if isinstance(gain, float) and gain == 1.0 else direction * gain
+
+
+def along(direction: Tensor, moved: Tensor | float) -> Tensor:
+    """`[targets]`: ⟨∇ℓ_n, moved⟩."""
+    rows = direction.reshape(direction.shape[0], -1)
+    if not isinstance(moved, Tensor):
+        return rows.sum(1) * moved if moved else rows.new_zeros(rows.shape[0])
+    wide = torch.promote_types(direction.dtype, moved.dtype)
+    return rows.to(wide) @ moved.to(wide).expand(direction.shape[1:]).flatten()
+
+
+def _weighted(factor: Tensor, scores: Tensor) -> Tensor:
+    return torch.einsum("g,gnb->nb", factor.to(scores), scores)
+
+
+def _total(gradient: Directions, moved: Mapping[Parameter, Tensor | float]) -> Tensor:
+    parts = [along(gradient[p], m) for p, m in moved.items()]
+    some = next(iter(gradient.values()))
+    return torch.stack(parts).sum(0) if parts else some.new_zeros(some.shape[0])

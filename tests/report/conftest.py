@@ -69,7 +69,9 @@ def record(
             carried, decayed, residual = rng.normal(2e-3, 1e-3), -1e-4, rng.normal(0.0, 1e-4)
             actual = predicted + carried + decayed + residual
             writer.add_account(step, name, predicted, carried, decayed, actual, residual, status)
-    writer.add_table("curve", pl.DataFrame({"step": range(steps), "loss": np.linspace(5.0, 3.0, steps)}))
+    writer.add_table(
+        "curve", pl.DataFrame({"step": np.arange(1.0, steps + 1), "loss": np.linspace(5.0, 3.0, steps)})
+    )
     writer.add_table(
         "coverage",
         pl.DataFrame(

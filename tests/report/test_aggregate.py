@@ -160,3 +160,16 @@ def test_columns_that_group_are_told_from_texts_measures_and_names():
     )
     assert aggregate.group_columns(metadata) == ["domain", "source", "year"]
     assert aggregate.group_columns(metadata, limit=2) == ["domain", "source"]
+
+
+@pytest.mark.parametrize("bins", [1, 4, 100])
+def test_binned_curves_are_means_over_the_steps_of_a_bin(bins):
+    frame = pl.DataFrame({"step": [3, 4, 6, 9, 12], "loss": [1.0, 2.0, math.nan, 4.0, 8.0]})
+    width = math.ceil(10 / bins)
+    expected = defaultdict(list)
+    for step, loss in frame.iter_rows():
+        expected[min(3 + ((step - 3) // width + 1) * width - 1, 12)].append(loss)
+    for end, loss in aggregate.binned(frame, ["loss"], bins).iter_rows():
+        known = [v for v in expected.pop(end) if math.isfinite(v)]
+        assert loss == (pytest.approx(sum(known) / len(known)) if known else None)
+    assert not expected

@@ -128,6 +128,21 @@ def test_every_table_has_a_caption_and_every_figure_its_data(page):
     assert all(figure["data"] for figure in figures.values())
 
 
+def test_the_training_curve_is_the_logged_one(page):
+    figures = json.loads(next(text for attributes, text in page.scripts if attributes.get("id") == "figures"))
+    trace = figures["curve-0"]["data"][0]
+    x, y = (_numbers(trace[axis]) for axis in "xy")
+    assert x == list(range(1, 61))
+    assert y == pytest.approx(np.linspace(5.0, 3.0, 60).tolist())
+
+
+def _numbers(array):
+    """Numbers of a trace, which plotly sends as a list or as base64 of their bytes."""
+    if isinstance(array, list):
+        return array
+    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"]).tolist()
+
+
 @pytest.mark.parametrize(
     ("caption", "key"),
     [("Total value", "value"), ("Value per document", "mean"), ("Share negative", "negative")],
@@ -227,6 +242,11 @@ def test_where_the_file_goes(ledger, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_run_folder_is_where_its_report_goes(ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(ledger), "path", tmp_path, raising=False)
+    assert write(ledger) == tmp_path / "report.html"
+
+
 def test_a_missing_folder_is_named(ledger, tmp_path):
     with pytest.raises(InputError, match=r"no folder .*nowhere.* make it first"):
         write(ledger, tmp_path / "nowhere" / "report.html")
@@ -289,6 +309,18 @@ def test_a_loss_that_rose_is_said_to_have_risen(tmp_path):
     writer.add_account(0, "code", -0.5, 0.0, 0.0, -0.4, 0.1)
     page = read(write(writer.ledger, tmp_path / "rose.html"))
     assert "The loss did not fall: it rose by 0.400 loss units" in page.text
+
+
+@pytest.mark.parametrize(
+    ("residual", "said"), [(0.1, "10.0 % stay unexplained"), (-0.1, "10.0 % too much in all")]
+)
+def test_what_the_drop_is_made_up_of_is_said_in_words(tmp_path, residual, said):
+    writer = RunWriter(None, ["code"])
+    writer.add_values(0, 0, ["a"], np.array([[0.5]]))
+    writer.add_account(0, "code", 0.5, 0.4 - residual, 0.1, 1.0, residual)
+    page = read(write(writer.ledger, tmp_path / "split.html"))
+    assert "50.0 % of that are the values of the samples" in page.text
+    assert said in page.text
 
 
 def test_more_groups_than_colours_are_summed_as_the_rest(make_ledger, tmp_path):

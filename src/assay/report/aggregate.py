@@ -37,8 +37,10 @@ def _bin_end(first: int, last: int, bins: int) -> pl.Expr:
 
 
 def _span(frame: pl.DataFrame) -> tuple[int, int]:
-    first, last = frame["step"].min(), frame["step"].max()
-    return (first, last) if isinstance(first, int) and isinstance(last, int) else (0, 0)
+    if not frame.height:
+        return 0, 0
+    first, last = frame.select(pl.col("step").min().alias("first"), pl.col("step").max().alias("last")).row(0)
+    return int(first), int(last)
 
 
 def by_group(steps: pl.DataFrame, groups: pl.DataFrame | None, shown: list[str], rest: str) -> pl.DataFrame:

@@ -245,6 +245,7 @@ class _Reader:
         curve = self.side("curve")
         if curve is None or "step" not in curve.columns:
             return []
+        curve = curve.with_columns(pl.col("step").cast(pl.Int64)).drop_nulls("step")  # logged as a float
         names = [c for c, dtype in curve.schema.items() if dtype.is_numeric() and c not in ("step", "micro")]
         names = sorted(names, key=lambda name: "loss" not in name)[:8]
         if names:
@@ -269,7 +270,7 @@ class _Reader:
         tiles.append(("Negative", span(t.negative for t in targets), f"of the {self.noun}s{by_target}"))
         accounts = [t.totals for t in targets if t.totals.get("actual")]
         alone = span(totals["predicted"] / totals["actual"] for totals in accounts)
-        note = f"{alone} by values alone, the rest by momentum and weight decay" if accounts else ""
+        note = f"{alone} by values alone" if accounts else ""
         tiles.append(("Loss drop explained", span(t.explained for t in targets), note))
         return tiles
 
@@ -293,12 +294,14 @@ def _split(totals: dict[str, float], noun: str) -> str:
     amount = f"{scale.signed(abs(actual)).lstrip('+')} {scale.unit}"
     if actual <= 0:
         return f"The loss did not fall: it rose by {amount} over the run."
-    values, carried, decayed, residual = (
-        percent(totals[name] / actual) for name in ("predicted", "carried", "decayed", "residual")
+    values, carried, decayed = (
+        percent(totals[name] / actual) for name in ("predicted", "carried", "decayed")
     )
+    residual = totals["residual"] / actual
+    rest = f"{percent(abs(residual))} {'stay unexplained' if residual >= 0 else 'too much in all'}"
     return (
         f"The loss really fell by {amount}: {values} of that are the values of the {noun}s, {carried} "
-        f"momentum carried over from earlier steps, {decayed} weight decay, and {residual} stay unexplained."
+        f"momentum carried over from earlier steps, {decayed} weight decay; {rest}."
     )
 
 

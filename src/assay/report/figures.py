@@ -130,7 +130,7 @@ def account(frame: pl.DataFrame, scale: Scale) -> go.Figure:
         figure=_figure(340, barmode="relative", bargap=0, hovermode="x unified"),
     )
     parts = (
-        ("predicted", "values of samples"),
+        ("predicted", "values"),
         ("carried", "carried (momentum)"),
         ("decayed", "weight decay"),
     )

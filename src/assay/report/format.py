@@ -64,12 +64,13 @@ def percent(share: float | None) -> str:
     """Write a share as per cent.
 
     Example:
-        >>> percent(0.1234), percent(-0.02), percent(12.5), percent(None)
-        ('12.3 %', '−2.0 %', '1,250 %', '–')
+        >>> percent(0.1234), percent(-0.02), percent(-1e-6), percent(12.5), percent(None)
+        ('12.3 %', '−2.0 %', '0.0 %', '1,250 %', '–')
     """
     if share is None or not math.isfinite(share):
         return MISSING
-    return f"{100 * share:,.{1 if abs(share) < 0.9995 else 0}f} %".replace("-", "−")
+    text = f"{100 * share:,.{1 if abs(share) < 0.9995 else 0}f} %"
+    return text.removeprefix("-") if text == "-0.0 %" else text.replace("-", "−")
 
 
 def span(shares: Iterable[float | None]) -> str:

@@ -179,7 +179,7 @@ def account_totals(
         ]
         for target, row in totals.items()
     ]
-    labels = ("values of samples", "carried", "weight decay", "actual drop", "residual")
+    labels = ("values", "carried", "weight decay", "actual drop", "residual")
     return Table(
         f"The account of each target over the whole run, in {scale.unit}",
         [Column("target"), *(Column(label, True) for label in labels), Column("explained", True)],

@@ -81,7 +81,7 @@ def compare(
     chosen, seeds, gradients = reference(model, inputs, batch, params)
     truth = torch.stack(
         [
-            torch.stack([directions[p].flatten(1) @ g.flatten() for g in per_param], 1)
+            torch.stack([directions[p].reshape(TARGETS, -1) @ g.flatten() for g in per_param], 1)
             for p, per_param in zip(params, zip(*gradients, strict=True), strict=True)
         ]
     )  # [parameters, targets, B]
@@ -97,8 +97,10 @@ def compare(
         return capture, [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
     capture, grads = run()
-    scores = capture.probe.grad
-    total = torch.stack([directions[p].flatten(1) @ g.flatten() for p, g in zip(params, grads, strict=True)])
+    scores = capture.probe.grad if capture.probe.grad is not None else torch.zeros_like(capture.probe)
+    total = torch.stack(
+        [directions[p].reshape(TARGETS, -1) @ g.flatten() for p, g in zip(params, grads, strict=True)]
+    )
     errors = (scores - truth).abs().amax((1, 2)) / size
     sums = (scores.sum(2) - total).abs().amax(1) / size
     later, _ = run(keep=params)

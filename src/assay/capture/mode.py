@@ -26,7 +26,7 @@ from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors
 from assay.capture.layout import Layout
 from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, leaf
-from assay.capture.operations import general_rule
+from assay.capture.operations import general_rule, open_composite
 from assay.capture.operations.general import operands
 from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
 from assay.capture.track import follow
@@ -127,9 +127,11 @@ class Capture(TorchFunctionMode):
         if not torch.is_grad_enabled():
             marks = [CONSTANT if isinstance(mark, Weight) else mark for mark in marks]
         if any(isinstance(mark, Weight) for mark in marks):
-            # what mixes the samples but has no gradient (which expert, how many) is a constant to a weight
+            # a number that comes from all samples (which expert, how many) is a constant to a weight
             marks = [
-                CONSTANT if isinstance(mark, Data) and mark.layout is None and not t.requires_grad else mark
+                CONSTANT
+                if isinstance(mark, Data) and mark.layout is None and not t.is_floating_point()
+                else mark
                 for t, mark in zip(tensors, marks, strict=True)
             ]
             if any(isinstance(mark, Data) for mark in marks):
@@ -184,6 +186,8 @@ class Capture(TorchFunctionMode):
         rule = RULES.get(func)
         out = rule(call) if rule is not None else NotImplemented
         if out is NotImplemented:
+            out = open_composite(call)
+        if out is NotImplemented:
             out = general_rule(call)
         if isinstance(out, Tensor) and not isinstance(self._known(out), Data):
             self._set(out, Data(self.layout_of(call, out)))
@@ -201,7 +205,7 @@ class Capture(TorchFunctionMode):
         parts: Sequence[Any] | None,
     ) -> Mark:
         data = [(t, m.layout) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Data)]
-        if data:
+        if data and not _name(func).startswith(_CREATES):
             if self.batch == 1:
                 return Data(Layout(0, 1, inner=out.shape[0])) if out.dim() else MIXED
             layout = follow(_name(func), data, args, kwargs, out, position)
@@ -275,9 +279,11 @@ class Capture(TorchFunctionMode):
 
     # --- uses ---
 
-    def observe(self, call: Call, y: Tensor, explain: Explain, saved: Sequence[Tensor]) -> Tensor:
+    def observe(
+        self, call: Call, y: Tensor, explain: Explain, saved: Sequence[Tensor], layout: Layout | None = None
+    ) -> Tensor:
         """`y` under a node that reads its gradient; see `Call.observe`."""
-        layout = self.layout_of(call, y)
+        layout = layout or self.layout_of(call, y)
         watch = ObserveInPlace if call.in_place else Observe
         tensors, _ = operands(call.args, call.kwargs)
         weights = tuple(mark for t in tensors if isinstance(mark := self.mark_of(t), Weight))
@@ -351,6 +357,10 @@ def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: T
         for group, pushed in weight.push(directions).items():
             scores[group] += factors.dot(pushed)
     return scores
+
+
+# functions that take of the samples at most how many there are
+_CREATES = ("new_", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 
 
 # The signatures of the three spellings of a backward pass, under common names.

@@ -1,7 +1,12 @@
-"""Layer and RMS normalisation: y = x̂·w + b, so g_i(w) = Σ_t gy·x̂ and g_i(b) = Σ_t gy over sample i's rows."""
+"""Normalisation: y = x̂·w + b, so g_i(w) = Σ_t gy·x̂ and g_i(b) = Σ_t gy over sample i's entries.
+
+x̂ is computed again in the backward pass, cheaper than keeping it. In training mode the x̂ of batch normalisation
+depends on the whole batch; a sample's gradient is then what flows through its own use of w and b.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +43,66 @@ def _norm(call: Call, shape: Any, bias: Tensor | None, normalise: Any) -> Any:
     def explain(gy: Tensor, saved: Any) -> list[Any]:
         uses: list[Any] = []
         if on_weight is not None:
-            normal = normalise(saved[0]).to(gy.dtype)  # x̂ again, cheaper than keeping it
+            normal = normalise(saved[0]).to(gy.dtype)
             uses.append((on_weight, Dense(layout.per_sample_sum(gy * normal, keep))))
         if on_bias is not None:
             uses.append((on_bias, Dense(layout.per_sample_sum(gy, keep))))
+        return uses
+
+    return call.observe(call.run(), explain, *([x] if on_weight is not None else []))
+
+
+@rule(F.group_norm, torch.group_norm)
+def group_norm(call: Call) -> Any:
+    """`F.group_norm(x [B, c, ...], groups, w [c], b [c], eps)`."""
+    groups, eps = call.argument(1, "num_groups"), call.argument(4, "eps", 1e-5)
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    return _channel_norm(call, weight, bias, lambda x: F.group_norm(x, groups, None, None, eps))
+
+
+@rule(F.batch_norm)
+def batch_norm(call: Call) -> Any:
+    """`F.batch_norm(x [B, c, ...], mean, var, w [c], b [c], training, momentum, eps)`; its statistics move once."""
+    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    return _channel_norm(
+        call, weight, bias, _with_statistics(call, F.batch_norm, call.argument(5, "training", False))
+    )
+
+
+@rule(F.instance_norm)
+def instance_norm(call: Call) -> Any:
+    """`F.instance_norm(x [B, c, ...], mean, var, w [c], b [c], use_input_stats, momentum, eps)`."""
+    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    fresh = call.argument(5, "use_input_stats", True)
+    return _channel_norm(call, weight, bias, _with_statistics(call, F.instance_norm, fresh))
+
+
+def _with_statistics(call: Call, function: Callable[..., Tensor], fresh: bool) -> Callable[[Tensor], Tensor]:
+    """x̂ from the input's own statistics, or from the running ones as they are now."""
+    eps = call.argument(7, "eps", 1e-5)
+    kept = [
+        None if fresh or t is None else t.clone()
+        for t in (call.argument(1, "running_mean"), call.argument(2, "running_var"))
+    ]
+    return lambda x: function(x, *kept, None, None, fresh, 0.0, eps)
+
+
+def _channel_norm(
+    call: Call, weight: Tensor | None, bias: Tensor | None, normalise: Callable[[Tensor], Tensor]
+) -> Any:
+    """Weight and bias `[c]` along dimension 1 of x `[B, c, ...]`."""
+    x = call.args[0]
+    layout, on_weight, on_bias = call.layout(x), call.weight(weight), call.weight(bias)
+    if layout is None or layout.dim != 0 or call.layout(weight) is not None or call.layout(bias) is not None:
+        return NotImplemented
+
+    def explain(gy: Tensor, saved: Any) -> list[Any]:
+        uses: list[Any] = []
+        if on_weight is not None:
+            product = gy * normalise(saved[0]).to(gy.dtype)
+            uses.append((on_weight, Dense(layout.per_sample_sum(product.movedim(1, -1), keep=1))))
+        if on_bias is not None:
+            uses.append((on_bias, Dense(layout.per_sample_sum(gy.movedim(1, -1), keep=1))))
         return uses
 
     return call.observe(call.run(), explain, *([x] if on_weight is not None else []))

@@ -15,7 +15,7 @@ from torch import Tensor
 from assay.capture.layout import Layout
 from assay.capture.track.common import Args, Kwargs, agree
 from assay.capture.track.cuts import CUTS
-from assay.capture.track.indexing import PICKS, written
+from assay.capture.track.indexing import PICKS, picked_by, written
 from assay.capture.track.joins import JOINS
 from assay.capture.track.moves import MOVES
 
@@ -60,6 +60,8 @@ def follow(
         return CUTS[name](layout, tensor, args, kwargs, out, position)
     if name in MOVES:
         return MOVES[name](layout, tensor, args, kwargs, out)
+    if name in PICKS and args and tensor is not args[0]:
+        return picked_by(name, layout, tensor, args, kwargs, out)
     if name in PICKS:
         return PICKS[name](layout, tensor, args, kwargs, out)
     return agree([_broadcast(name, layout, tensor, args, kwargs, out) for tensor, layout in known], out)

@@ -11,7 +11,7 @@ from torch import Tensor
 from assay.capture.layout import Layout
 from assay.capture.track.common import Args, Kwargs, dimension, labelled_by
 
-__all__ = ["PICKS", "indexed", "selected", "written"]
+__all__ = ["PICKS", "indexed", "picked_by", "selected", "written"]
 
 Pick = Callable[[Layout, Tensor, Args, Kwargs, Tensor], "Layout | None"]
 
@@ -157,6 +157,26 @@ def _nonzero(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor)
     return layout.labelled(0, labels[torch.nonzero(x)[:, layout.dim]])
 
 
+def picked_by(
+    name: str, layout: Layout, index: Tensor, args: Args, kwargs: Kwargs, out: Tensor
+) -> Layout | None:
+    """Rows of a tensor without samples, picked by an index that has them (`table[ids]`)."""
+    if name == "index_select":
+        return layout.at(dimension(args, kwargs, 1, 0, out.dim()))
+    if name == "__getitem__":
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if Ellipsis in [i for i in items if not isinstance(i, Tensor)] or index.dtype == torch.bool:
+            return None
+        places = [k for k, i in enumerate(items) if isinstance(i, Tensor)]
+        dims = max(i.dim() for i in items if isinstance(i, Tensor))
+        return (
+            layout.at(places[0] + dims - index.dim() + layout.dim)
+            if len(places) == places[-1] - places[0] + 1
+            else None
+        )
+    return layout if name in ("gather", "take_along_dim") else None
+
+
 PICKS: dict[str, Pick] = {
     "__getitem__": _getitem,
     "index_select": _index_select,
@@ -191,35 +211,21 @@ def written(
     if source is None or value is None:
         return layout
     if name == "__setitem__":
-        candidates = [layout] if layout is not None and layout.labels is None else _candidates(into, source)
-        for candidate in candidates:
-            seen = _fitted(_reached(candidate, into, args[1]), value)
+        for candidate in _candidates(into, source) if layout is None else [layout]:
+            seen = _fitted(indexed(candidate, into, args[1]), value)
             if seen is not None and seen.dim == source.dim and seen.same_as(source, value.shape[source.dim]):
                 return candidate
         index = args[1][0] if isinstance(args[1], tuple) else args[1]
         return _relabelled(into, layout, source, value, 0, index)
-    if name.startswith(("index_add", "index_copy")):
-        dim, index = (
-            dimension(args, kwargs, 1, 0, into.dim()),
-            kwargs.get("index", args[2] if len(args) > 2 else None),
-        )
-        if dim != source.dim:
-            return source
-        return layout or _relabelled(into, layout, source, value, dim, index)
+    dim = dimension(args, kwargs, 1, 0, into.dim())
+    index = kwargs.get("index", args[2] if len(args) > 2 else None)
+    if dim != source.dim:
+        return source if into.shape[source.dim] == value.shape[source.dim] else layout
+    if layout is not None and layout.labels is None:
+        return layout
     if name.startswith("scatter"):
-        dim, index = (
-            dimension(args, kwargs, 1, 0, into.dim()),
-            kwargs.get("index", args[2] if len(args) > 2 else None),
-        )
-        if dim != source.dim:
-            return source if into.shape[source.dim] == value.shape[source.dim] else layout
-        rows = index.movedim(dim, 0).flatten(1)[:, 0]
-        return layout or _relabelled(into, layout, source, value, dim, rows)
-    return layout
-
-
-def _reached(layout: Layout, into: Tensor, index: Any) -> Layout | None:
-    return indexed(layout, into, index)
+        index = index.movedim(dim, 0).flatten(1)[:, 0]
+    return _relabelled(into, layout, source, value, dim, index)
 
 
 def _candidates(into: Tensor, source: Layout) -> list[Layout]:

@@ -122,7 +122,30 @@ def _diagonal(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor
     return None if layout.dim in dims else layout.at(layout.dim - sum(d < layout.dim for d in dims))
 
 
+def _pack(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
+    """`_pack_padded_sequence(x, lengths, batch_first)`: step by step, the rows of the sequences that are still running."""
+    batch_dim = 0 if kwargs.get("batch_first", args[2] if len(args) > 2 else False) else 1
+    lengths = kwargs.get("lengths", args[1] if len(args) > 1 else None)
+    if layout.dim != batch_dim or lengths is None or out.dim() == 1:
+        return None
+    labels = layout.row_labels(x.shape[batch_dim], x.device)
+    running = (
+        lengths.to(x.device)[None] > torch.arange(int(lengths.max()), device=x.device)[:, None]
+    )  # [T, B]
+    return layout.labelled(0, labels.expand(running.shape)[running])
+
+
+def _unpack(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
+    """`_pad_packed_sequence(data, batch_sizes, batch_first, …)`: the first step's rows name the sequences."""
+    batch_dim = 0 if args[2] else 1
+    if layout.dim != 0 or out.dim() == 1:
+        return None
+    return layout.labelled(batch_dim, layout.row_labels(len(x), x.device)[: out.shape[batch_dim]])
+
+
 MOVES: dict[str, Move] = {
+    "_pack_padded_sequence": _pack,
+    "_pad_packed_sequence": _unpack,
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"), _reshape),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), _transpose),
     **dict.fromkeys(("mT", "mH", "adjoint"), _swap_last),

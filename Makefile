@@ -17,7 +17,7 @@ demo: $(VENV)/.installed-demo ## train a small GPT on the embedded corpus and va
 	$(BIN)/assay demo $(ARGS)
 
 test: $(VENV)/.installed-dev ## run every test and doctest
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check format and lint
 	$(BIN)/ruff format --check .

@@ -53,10 +53,7 @@ def visit(browser):
         page.on("console", lambda message: noise.append(message.text))
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("dialog", lambda dialog: (noise.append(dialog.message), dialog.dismiss()))
-        page.on(
-            "request",
-            lambda request: None if request.url.split("#")[0] == url else noise.append(request.url),
-        )
+        page.on("request", lambda request: noise.append(request.url) if leaves(request.url, url) else None)
         page.goto(url)
         return page
 
@@ -64,6 +61,11 @@ def visit(browser):
     for context in contexts:
         context.close()
     assert noise == []
+
+
+def leaves(request, url):
+    """Whether a request is for anything but the page or what it made itself."""
+    return request.split("#")[0] != url and not request.startswith(("blob:", "data:"))
 
 
 def scroll_through(page):
@@ -96,6 +98,17 @@ def test_every_figure_is_drawn_and_the_page_never_scrolls_sideways(visit, url, v
     assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
     for plot in page.locator(".plot:visible").all():
         assert plot.locator("path").count() > 5
+
+
+def test_a_figure_is_saved_as_a_picture_and_nothing_else_is_offered(visit, url):
+    page = visit(url)
+    scroll_through(page)
+    plot = page.locator("#time-running .plot").first
+    plot.hover()
+    assert plot.locator(".modebar-btn").count() == 2
+    with page.expect_download() as download:
+        plot.locator(".modebar-btn").first.click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
 
 
 def test_theme_follows_the_system_until_it_is_chosen(visit, url):

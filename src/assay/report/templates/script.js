@@ -53,7 +53,7 @@
     const themed = resolved({ data: figure.data, layout: { ...figure.layout, template: template() } }, probe);
     probe.remove();
     Plotly.react(plot, themed.data, themed.layout, {
-      responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]],
     });
   }
 

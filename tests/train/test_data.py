@@ -185,6 +185,14 @@ def test_a_copy_of_a_held_out_text_is_not_trained_on() -> None:
     assert not set(kept["id"]) & set(held["held_out"]["id"])
 
 
+def test_a_column_of_names_is_no_list_of_targets() -> None:
+    frame = documents("a" * 40).with_columns(pl.Series("file", [f"{n}.txt" for n in range(40)]))
+    with pytest.raises(InputError, match=r"'file' has 40 values.* choose up to 32 in targets\.values"):
+        hold_out(frame, Targets(by="file", documents=1), seed=0)
+    _, held = hold_out(frame, Targets(by="file", values=["7.txt"], documents=1), seed=0)
+    assert held["7.txt"]["file"].to_list() == ["7.txt"]
+
+
 def test_targets_from_files(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "mine.jsonl", [{"text": "text 0"}, {"text": "elsewhere"}])
     kept, held = hold_out(documents(), Targets(files={"mine": path}), seed=0)
@@ -200,6 +208,7 @@ def test_targets_from_files(tmp_path: Path) -> None:
         (Targets(by="domian"), "no column 'domian'; did you mean 'domain'?"),
         (Targets(by="domain", values=["d"]), "no document has domain = 'd'"),
         (Targets(documents=8), "no document is left to train on"),
+        (Targets(by="text"), "cannot be grouped by a column named 'text'; rename it"),
     ],
 )
 def test_targets_that_cannot_be(targets: Targets, message: str) -> None:

@@ -18,6 +18,12 @@ from assay.train.optional import require
 
 __all__ = ["content_id", "hold_out", "read_documents"]
 
+RESERVED = ("id", "text", "value", "samples", "negative", "mean")
+"""Columns that documents cannot be grouped by: they have a meaning of their own here or in `Ledger.by`."""
+
+MOST_TARGETS = 32
+"""A column with more values is no list of targets: each costs a pass at every step."""
+
 
 def content_id(text: str) -> str:
     """Name a document by its content, so that its name survives shuffling: 16 hexadecimal digits of SHA-256.
@@ -107,8 +113,17 @@ def _draw(documents: pl.DataFrame, targets: Targets, seed: int) -> Iterator[tupl
         yield "held_out", _take(pool, targets.documents, "held_out")
         return
     _need(documents, targets.by, "targets.by")
+    if targets.by in RESERVED:
+        raise InputError(
+            f"targets.by: documents cannot be grouped by a column named {targets.by!r}; rename it"
+        )
     values = pool[targets.by].cast(pl.String)
     names = targets.values or sorted(values.drop_nulls().unique())
+    if len(names) > MOST_TARGETS:
+        raise InputError(
+            f"targets.by: {targets.by!r} has {len(names)} values, and each would be a target; "
+            f"choose up to {MOST_TARGETS} in targets.values"
+        )
     for name in names:
         if name not in values:
             raise InputError(

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,7 @@ class Result:
     out: Path
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Setup:
     """Everything that training needs, made from the configuration."""
 
@@ -88,12 +88,13 @@ class _Setup:
     rows: list[Row]
     documents: pl.DataFrame
     targets: dict[str, Batch]
-    steps: int = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
         train = self.config.train
         steps = train.epochs * ceil(ceil(len(self.rows) / train.batch_size) / train.accumulate)
-        self.steps = min(steps, train.steps or steps)
+        return min(steps, train.steps or steps)
 
 
 def train(config: Config, report: Callable[[Progress], None] = lambda progress: None) -> Result:

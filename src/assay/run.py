@@ -185,6 +185,7 @@ class Run:
         self, ids: Sequence[int | str], capture: Capture, before: Mapping[Parameter, Tensor]
     ) -> MicroBatch:
         """What a micro-batch left, once its backward pass is done."""
+        capture.own_kept()
         scores, kept = capture.probe.grad, capture.kept
         if scores is None:
             reason = "no backward pass happened" if capture.uses else "the model was not used"

@@ -7,9 +7,9 @@ inner products with known directions, and the dense per-sample gradients for ref
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Container
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from assay.capture.contraction import directional, per_sample_products
 from assay.capture.layout import Layout
 from assay.capture.marks import directional_derivative
 
-__all__ = ["Dense", "Directional", "Factors", "Lookup", "Outer"]
+__all__ = ["Dense", "Directional", "Factors", "Lookup", "Outer", "apart_from"]
 
 
 class Factors(Protocol):
@@ -39,7 +39,8 @@ class Dense:
     def dot(self, directions: Tensor) -> Tensor:
         """`[targets, B]`: ⟨g_i, G_n⟩."""
         wide = torch.promote_types(directions.dtype, self.gradients.dtype)
-        return directions.flatten(1).to(wide) @ self.gradients.flatten(1).to(wide).t()
+        flat = directions.reshape(len(directions), -1), self.gradients.reshape(len(self.gradients), -1)
+        return flat[0].to(wide) @ flat[1].to(wide).t()
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,22 @@ class Directional:
         """`[targets, B]`: ⟨g_i, G_n⟩."""
         moved = [directional_derivative(self.call, self.primals, {self.operand: G}) for G in directions]
         return directional(moved, self.b, self.layout)
+
+
+def apart_from(factors: Factors, storages: Container[int]) -> Factors:
+    """The same factors, with copies of those tensors whose memory is among `storages`.
+
+    Autograd may hand a parameter a piece of an output's gradient as its `.grad`; what is kept must not change when
+    that is clipped or added to.
+    """
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in storages:
+            return value.clone()
+        return value
+
+    held = {f.name: getattr(factors, f.name) for f in fields(factors)}  # type: ignore[arg-type]
+    copies = {name: copied(value) for name, value in held.items()}
+    if all(copies[name] is held[name] for name in held):
+        return factors
+    return replace(factors, **copies)  # type: ignore[type-var, return-value]

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from assay.capture.call import RULES, Call, writes_in_place
 from assay.capture.coverage import Coverage
-from assay.capture.factors import Factors
+from assay.capture.factors import Factors, apart_from
 from assay.capture.layout import Layout
 from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, leaf
 from assay.capture.operations import general_rule, open_composite
@@ -331,6 +331,11 @@ class Capture(TorchFunctionMode):
         if weight not in self._pushed:
             self._pushed[weight] = weight.push(self.directions)
         return self._pushed[weight]
+
+    def own_kept(self) -> None:
+        """After the backward pass: nothing that is kept shares memory with a `.grad`."""
+        storages = {p.grad.untyped_storage().data_ptr() for p in self.weights.params if p.grad is not None}
+        self.kept = [(weight, apart_from(factors, storages)) for weight, factors in self.kept]
 
     def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
         """`[groups, targets, B]`: the inner products of these uses; those to be kept count nothing now."""

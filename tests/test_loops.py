@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from reference import CASES, Snapshot, Target, plan, snapshot, train, values
+from reference import CASES, Snapshot, Target, plan, snapshot, train, values, widened
+from reference.cases import Batch
 from reference.compare import (
     check,
     one_target,
@@ -158,6 +159,39 @@ def test_grad_scaler(optimizer: str) -> None:
     }
     expected = values(snapshots, loss, double, tolerance=1e-5)["held_out"]
     assert relative_error(recorded(run.ledger), expected) <= 1e-4
+
+
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw_large_eps"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "mlp", "cnn", "gpt"])
+def test_half_precision(name: str, optimizer: str, mode: str) -> None:
+    """In bfloat16 the values are those of float64 up to its three digits, neither refused nor off."""
+    case, build = CASES[name], OPTIMIZERS[optimizer]
+    loss = list(case.losses.values())[-1]
+    dtype = torch.float32 if mode == "autocast" else torch.bfloat16
+    data, snapshots = plan(case, sizes=(4, 4), dtype=dtype), list[Snapshot]()
+    held_out = case.batch(5, seed=7, dtype=dtype)
+
+    def half(model: nn.Module, batch: Batch) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            return loss(model, batch)
+
+    model = case.model(dtype)
+    opt = build(model)
+    run = assay.Run(model, opt, methods=[assay.InRunShapley({"held_out": assay.Target([held_out], half)})])
+    train(
+        model,
+        opt,
+        data,
+        half,
+        clip=CLIP,
+        record=run.step,
+        before_step=lambda number: snapshots.append(snapshot(case, model, opt, build, data[number])),
+    )
+    run.close()
+    targets = {"held_out": Target([widened(held_out)], loss)}
+    expected = values(snapshots, loss, targets, clip=CLIP, tolerance=0.1)["held_out"]
+    assert relative_error(recorded(run.ledger), expected) <= 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])

@@ -59,6 +59,7 @@ class TargetPass:
 
     def __init__(self, model: Module, targets: Mapping[str, Target], params: Sequence[Parameter]) -> None:
         self.model, self.targets, self.params = model, targets, list(params)
+        self._twice = False  # whether the graph is known to be differentiable twice
 
     def losses(self) -> Tensor:
         """`[targets]`: the targets' losses, no gradients."""
@@ -103,6 +104,9 @@ class TargetPass:
         if not slopes:
             return [torch.zeros_like(p) for p in self.params]
         along = torch.stack(slopes).sum()
+        if not self._twice:
+            _refuse_delayed_errors(along)
+            self._twice = True
         curved = torch.autograd.grad(along, self.params, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, curved, strict=True)]
 
@@ -136,6 +140,24 @@ class TargetPass:
                 "return its mean or its sum."
             )
         return loss.reshape(())
+
+
+def _refuse_delayed_errors(root: Tensor) -> None:
+    """Raise what autograd would pass over in silence: an operation whose derivative was declared final.
+
+    `once_differentiable` leaves a node that raises when it is run; asked for the gradient of given inputs, autograd
+    does not run it, and returns a Hessian product that lacks the operation.
+    """
+    seen = set()
+    open_nodes = [root.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise NotImplementedError("an operation is marked once_differentiable")
+        seen.add(node)
+        open_nodes += [following for following, _ in node.next_functions]
 
 
 @contextmanager

@@ -4,10 +4,15 @@ All per-sample gradients g of a step, over all parameters together, are folded i
 
     (Sg)_j = Σ_{e mod k = j} σ_e g_e            σ_e = ±1 at random, the same for the whole run
 
-E[(Sg)·(Sd)] = g·d, with a variance of about (‖g‖²‖d‖² + (g·d)²)/k (the count sketch of Charikar, Chen and
-Farach-Colton, 2002, with a fixed bucket for each entry and random signs). A step's shares are then moved by the
-least amount, in the metric of that variance, that makes them add up to the part of the exact carried line that
-the horizon covers: the total of a step has no sketching error, only its division among samples has.
+E[(Sg)·(Sd)] = g·d, with a variance of about ‖g‖²‖d‖²/k (the count sketch of Charikar, Chen and Farach-Colton, 2002,
+with a fixed bucket for each entry and random signs). The product wanted is (Rg)·(R⁻¹ P_t Ḡ_t) with any diagonal R.
+R = 1 would be a bad choice under Adam, whose P_t is huge wherever gradients are small: then ‖P_t Ḡ_t‖ is ruled by
+entries where g has nothing. R = √P_s of a recent step balances the two; it is taken anew after 1, 2, 4, … steps and
+then once per horizon, and a step's sketches stay with the R that they were made with.
+
+A step's shares are then moved by the least amount, in the metric of their variances, that makes them add up to the
+part of the exact carried line that the horizon covers: the total of a step has no sketching error, only its division
+among samples has.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ class _Past:
 
     Args:
         ids: of its samples.
-        sketches: `[samples, k]`, of c_s g_i (of P_s c_s g_i where the buffer holds preconditioned gradients).
+        sketches: `[samples, k]`, of R c_s g_i (of R P_s c_s g_i where the buffer holds preconditioned gradients).
+        balance: R.
         counts: the optimizer's number of the step, by parameter.
         rest: the step with the per-sample gradients that have no sketch, if there are any.
         weights: w_s of the parameters that those need.
@@ -57,6 +63,7 @@ class _Past:
 
     ids: Ids
     sketches: Tensor
+    balance: Through
     counts: Mapping[Parameter, int]
     rest: Step | None
     weights: Mapping[Parameter, Tensor]
@@ -83,6 +90,11 @@ class SketchTail:
         self.optimizer, self.weights, self.size = optimizer, weights, size
         self.weigher = Weigher(optimizer, weights.params)
         self._past: deque[_Past] = deque(maxlen=horizon)
+        self._balance: Through = {}
+        self._balanced_at = self._steps = 0
+        self._start: dict[Parameter, int] = {}  # where a parameter's entries begin in the row of them all
+        for p in weights.params:
+            self._start[p] = sum(q.numel() for q in self._start)
         generator = torch.Generator().manual_seed(seed)
         self._signs = {
             p: torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8)
@@ -99,6 +111,7 @@ class SketchTail:
         step.counts = self.weigher.count()
         step.kappas = [self.weigher.kappas(step.counts, past.counts) for past in self._past]
         self._through = preconditioner(self.optimizer, step)
+        self._rebalance()
         self._open = self._sketched(step)
 
     def share(self, step: Step, gradient: Directions, carried: Tensor) -> list[Late]:
@@ -107,9 +120,11 @@ class SketchTail:
             return []
         late, spread, sketch_of = [], [], _Cache(self, step, gradient, self._through)
         for past, kappas in zip(self._past, step.kappas, strict=True):
-            found = (past.sketches @ sketch_of(kappas).t()).t()  # [targets, samples]
-            kappa = max(kappas.values(), default=0.0)
-            spread.append(past.sketches.square().sum(1) * kappa**2)  # [samples], the variance up to a factor
+            direction = sketch_of(kappas, past.balance)  # [targets, k]
+            found = direction @ past.sketches.t()  # [targets, samples]
+            spread.append(
+                direction.square().sum(1, keepdim=True) * past.sketches.square().sum(1)
+            )  # k · variance
             if past.rest is not None:
                 through = past.through if self.optimizer.buffer_is_preconditioned else self._through
                 exact = shared(step, past.rest, gradient, kappas, through, past.weights)
@@ -126,8 +141,9 @@ class SketchTail:
         self.weigher.count()
 
     def bytes(self) -> int:
-        """Size of the sketches, of what has none, and of the signs."""
-        held = bytes_of(self._signs)
+        """Size of the sketches, of what has none, of the signs and of every R in use."""
+        used = {id(past.balance): past.balance for past in self._past}
+        held = bytes_of(self._signs) + sum(map(bytes_of, used.values()))
         for past in self._past:
             held += bytes_of(past.sketches) + bytes_of(past.weights) + bytes_of(past.through)
             for batch in past.rest.batches if past.rest is not None else ():
@@ -143,16 +159,15 @@ class SketchTail:
         nine tenths of the buffer (a run that went on from a checkpoint): then the exact total is not known.
         """
         covered = self._covered(step)
-        weights = torch.cat(spread)
-        total = weights.sum()
+        variances = torch.cat(spread, 1)  # [targets, all samples]
         coupled = any(self.optimizer.couples_decay(p) for p in step.counts)
-        if coupled or covered < 0.9 or not bool(total > 0):
+        if coupled or covered < 0.9:
             return late
         missing = carried * covered - torch.stack([values.sum(1) for _, values in late]).sum(0)  # [targets]
-        parts = torch.split(weights / total, [len(ids) for ids, _ in late])
-        return [
-            (ids, values + missing[:, None] * part) for (ids, values), part in zip(late, parts, strict=True)
-        ]
+        total = variances.sum(1)
+        pull = torch.where(total > 0, missing / total, 0.0)
+        parts = torch.split(pull[:, None] * variances, [len(ids) for ids, _ in late], 1)
+        return [(ids, values + part) for (ids, values), part in zip(late, parts, strict=True)]
 
     def _covered(self, step: Step) -> float:
         """Which share of the weights in the buffer belongs to the steps remembered, least over the parameters."""
@@ -172,6 +187,15 @@ class SketchTail:
         return least
 
     # --- sketches ---
+
+    def _rebalance(self) -> None:
+        """Take R anew where it is due."""
+        horizon, at = self._past.maxlen or 1, self._balanced_at
+        self._steps += 1
+        due = not self._balance or self._steps >= at + min(at, horizon)
+        if due and self.optimizer.preconditioned and not self.optimizer.buffer_is_preconditioned:
+            self._balance = {p: _balance(p, through) for p, through in self._through.items()}
+            self._balanced_at = self._steps
 
     def _sketched(self, step: Step) -> _Past:
         """The step's samples in k numbers each; what cannot be sketched goes along as it is."""
@@ -193,7 +217,7 @@ class SketchTail:
             weights = {p: p.detach().clone() for p in read_weights(remaining, self.weights)}
         kept = {p for batch in rest for weight, _ in batch.kept for p in weight.params}
         return _Past(
-            ids, torch.cat(rows), step.counts, remaining, weights,
+            ids, torch.cat(rows), self._balance, step.counts, remaining, weights,
             {p: through[p] for p in kept if p in through},
         )  # fmt: skip
 
@@ -207,19 +231,25 @@ class SketchTail:
         group = self.optimizer.group_index(param)
         factor = step.scale[group] / step.loss_scale
         gain = times_signs(self._signs[param], through.get(param, 1.0))  # [numel]
+        gain = times_signs(gain, self._balance.get(param, 1.0))
+        start = self._start[param]
         if isinstance(factors, Lookup) and factors.layout.labels is None:
-            found = _fold_lookup(factors, gain, self.size)
+            found = _fold_lookup(factors, gain, self.size, start)
         else:
             dense = _dense(factors)
             if dense is None:
                 return False
-            found = fold(dense.reshape(dense.shape[0], -1), gain, self.size)
+            found = fold(dense.reshape(dense.shape[0], -1), gain, self.size, start)
         sketch += found.to(sketch.dtype) * factor
         return True
 
-    def fold_directions(self, directions: Directions) -> Tensor:
-        """`[targets, k]` from `{parameter: [targets, *shape]}`."""
-        parts = [fold(d.reshape(d.shape[0], -1), self._signs[p], self.size) for p, d in directions.items()]
+    def fold_directions(self, directions: Directions, balance: Through) -> Tensor:
+        """`[targets, k]` from `{parameter: [targets, *shape]}`, divided by R."""
+        parts = []
+        for p, direction in directions.items():
+            rows, own = direction.reshape(direction.shape[0], -1), balance.get(p, 1.0)
+            signs = self._signs[p] / (own.reshape(-1) if isinstance(own, Tensor) else own)
+            parts.append(fold(rows, signs, self.size, self._start[p]))
         return torch.stack(parts).sum(0)
 
 
@@ -231,17 +261,17 @@ class _Cache:
         own = {} if tail.optimizer.buffer_is_preconditioned else through
         group = tail.optimizer.group_index
         self.directions = {p: times(gradient[p], own.get(p, 1.0)) * step.lr[group(p)] for p in step.counts}
-        self._unit: Tensor | None = None
+        self._units: dict[int, Tensor] = {}  # by the R that divides it
 
-    def __call__(self, kappas: Mapping[Parameter, float]) -> Tensor:
+    def __call__(self, kappas: Mapping[Parameter, float], balance: Through) -> Tensor:
         """`[targets, k]`."""
         values = set(kappas.values())
         if len(values) == 1 and len(kappas) == len(self.directions):
-            if self._unit is None:
-                self._unit = self.tail.fold_directions(self.directions)
-            return self._unit * values.pop()
+            if id(balance) not in self._units:
+                self._units[id(balance)] = self.tail.fold_directions(self.directions, balance)
+            return self._units[id(balance)] * values.pop()
         scaled = {p: d * kappas.get(p, 0.0) for p, d in self.directions.items()}
-        return self.tail.fold_directions(scaled)
+        return self.tail.fold_directions(scaled, balance)
 
 
 def times_signs(signs: Tensor, gain: Tensor | float) -> Tensor:
@@ -249,19 +279,31 @@ def times_signs(signs: Tensor, gain: Tensor | float) -> Tensor:
     return signs * gain.reshape(-1) if isinstance(gain, Tensor) else signs * gain
 
 
-def fold(x: Tensor, signs: Tensor, size: int) -> Tensor:
-    """`[rows, size]` from `[rows, n]`: entry e goes to bucket e mod size with its sign.
+def _balance(param: Parameter, through: Tensor | float) -> Tensor | float:
+    """R = √|P|, no more than ten times its typical size where there are gradients; entries without any keep that."""
+    if not isinstance(through, Tensor):
+        return abs(through) ** 0.5 or 1.0
+    assert param.grad is not None
+    size, weight = through.abs(), param.grad.detach().abs().to(through.dtype)
+    total = weight.sum()
+    typical = torch.where(total > 0, (size * weight).sum() / total, size.mean())
+    bounded = torch.minimum(size, 100 * typical).sqrt_()
+    return torch.where(bounded > 0, bounded, 1.0)
+
+
+def fold(x: Tensor, signs: Tensor, size: int, start: int = 0) -> Tensor:
+    """`[rows, size]` from `[rows, n]`: entry e goes to bucket (start + e) mod size with its sign.
 
     Example:
         >>> fold(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1, 1, -1]), size=2)
         tensor([[-2.,  2.]])
     """
-    n = x.shape[1]
-    padded = F.pad(x * signs, (0, -n % size))
+    before = start % size
+    padded = F.pad(x * signs, (before, -(before + x.shape[1]) % size))
     return padded.view(x.shape[0], -1, size).sum(1)
 
 
-def _fold_lookup(factors: Lookup, signs: Tensor, size: int) -> Tensor:
+def _fold_lookup(factors: Lookup, signs: Tensor, size: int, start: int) -> Tensor:
     """`[B, size]`: the fold of an embedding's gradients without writing them out."""
     b = factors.layout.grouped(factors.b)
     batch, p = b.shape[0], b.shape[-1]
@@ -269,7 +311,7 @@ def _fold_lookup(factors: Lookup, signs: Tensor, size: int) -> Tensor:
     indices = factors.layout.grouped(factors.indices).reshape(batch, -1)  # [B, T]
     entries = indices[..., None] * p + torch.arange(p, device=b.device)  # [B, T, p]
     signed = (b * signs[entries]).flatten(1)
-    return b.new_zeros(batch, size).scatter_add_(1, entries.remainder(size).flatten(1), signed)
+    return b.new_zeros(batch, size).scatter_add_(1, (start + entries).remainder(size).flatten(1), signed)
 
 
 def _dense(factors: Factors) -> Tensor | None:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from assay.capture import Capture, Coverage, Weights, contract
 from assay.capture.check import check_capture
+from assay.capture.fallback import Boundary
 from assay.capture.totals import check_totals, gradients_of
 from assay.errors import InputError
 from assay.methods.base import Context, Demand, Method, MicroBatch, Session
@@ -163,13 +164,13 @@ class Run:
         self._inside = True
         self._seconds += time.perf_counter() - started
         try:
-            with capture:
+            with Boundary(self.model, self.weights, capture) as boundary, capture:
                 yield
         finally:
             self._inside = False
             first_input.remove()
         started = time.perf_counter()
-        self._pending.append(self._finished(ids, capture, before))
+        self._pending.append(self._finished(ids, capture, boundary, before))
         self._scale.after_backward()
         self._seconds += time.perf_counter() - started
 
@@ -182,11 +183,15 @@ class Run:
         )
 
     def _finished(
-        self, ids: Sequence[int | str], capture: Capture, before: Mapping[Parameter, Tensor]
+        self,
+        ids: Sequence[int | str],
+        capture: Capture,
+        boundary: Boundary,
+        before: Mapping[Parameter, Tensor],
     ) -> MicroBatch:
         """What a micro-batch left, once its backward pass is done."""
         capture.own_kept()
-        scores, kept = capture.probe.grad, capture.kept
+        scores, kept = boundary.finish(), capture.kept
         if scores is None:
             reason = "no backward pass happened" if capture.uses else "the model was not used"
             raise InputError(
@@ -203,7 +208,8 @@ class Run:
     def coverage(self) -> pl.DataFrame:
         """How each parameter is covered: `parameter, entries, percent, status, operations`.
 
-        Known once a step has been taken; `status` is "exact", "unused", "excluded", "frozen" or "not optimized".
+        Known once a step has been taken; `status` is "exact", "forward mode" or "sample loop" (exact by a fallback,
+        with its cost under `operations`), "unused", "excluded", "frozen" or "not optimized".
         """
         return self._coverage.frame()
 
@@ -311,7 +317,7 @@ class Run:
             self._check_due = False
             capture.paused = True
             try:
-                check_capture(self.model, args, kwargs, self.weights, capture.batch)
+                check_capture(self.model, args, kwargs, self.weights, capture.batch, self._coverage)
             finally:
                 capture.paused = False
 

@@ -24,7 +24,13 @@ def writes_in_place(name: str) -> bool:
 
 
 _IN_PLACE = frozenset(
-    {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv div floordiv mod pow and or xor".split())}
+    {
+        "__setitem__",
+        *(
+            f"__i{op}__"
+            for op in ["add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor"]
+        ),
+    }
 )
 
 

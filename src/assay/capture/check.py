@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
+from assay.capture.coverage import Coverage
+from assay.capture.fallback import FORWARD_MODE, SAMPLE_LOOP, Boundary
 from assay.capture.mode import Capture, Weights
 from assay.errors import CoverageError
 from assay.targets import undisturbed
@@ -26,9 +28,16 @@ SAMPLES = 2  # single samples compared: the first and the last
 
 
 def check_capture(
-    model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Weights, batch: int
+    model: Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    weights: Weights,
+    batch: int,
+    coverage: Coverage | None = None,
 ) -> None:
     """Compare the capture with plain autograd on the inputs of one forward pass.
+
+    Parameters for which it fails are left to a fallback (`weights.hand_over`), which is compared in turn.
 
     Args:
         model: the model; its modes, buffers and gradients are left as they are.
@@ -36,50 +45,109 @@ def check_capture(
         kwargs: keyword arguments likewise.
         weights: the watched parameters.
         batch: B.
+        coverage: where fallbacks are noted.
 
     Raises:
-        CoverageError: names the parameters whose scores are not what autograd says.
+        CoverageError: names the parameters whose scores are not what autograd says, by any means.
     """
-    one_by_one = Weights(
-        [(name, param) for param, name in weights.names.items()],
-        {param: k for k, param in enumerate(weights.params)},
-        model.buffers(),
+    comparison = _Comparison(model, args, kwargs, batch)
+    wrong = comparison.wrong(weights, {}, "")
+    if not wrong:
+        return
+    reasons = []
+    for fallback, cost in _FALLBACKS.items():
+        try:
+            still = comparison.wrong(weights, wrong, fallback)
+        except (NotImplementedError, RuntimeError, CoverageError) as error:
+            reasons.append(f"{fallback}: {error}")
+            continue
+        if not still:
+            weights.hand_over(wrong, fallback)
+            if coverage is not None:
+                coverage.fall_back(wrong, fallback, cost)
+            return
+        reasons.append(f"{fallback}: {next(iter(still.values()))}")
+    names = [weights.names[p] for p in wrong]
+    raise CoverageError(
+        f"the start-up check finds no exact per-sample gradients for {_list(names)}: {next(iter(wrong.values()))}. "
+        f"The fallbacks fail too ({'; '.join(reasons)}). Pass exclude=[...] with these names (scores are then "
+        "partial), or check='off' if the model mixes the samples of a batch on purpose."
     )
-    generator = torch.Generator(device=weights.params[0].device).manual_seed(0)
-    directions = {p: _random(p, generator)[None] for p in weights.params}
 
-    def forward(rows: slice) -> list[Tensor]:
+
+_FALLBACKS = {
+    FORWARD_MODE: "a repeated forward pass with derivatives (costs about two forward passes per target)",
+    SAMPLE_LOOP: "each sample alone (costs one more forward and backward pass, in pieces of one sample)",
+}
+
+
+class _Comparison:
+    """One forward pass of a model, as the capture and as plain autograd see it."""
+
+    def __init__(self, model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> None:
+        self.model, self.args, self.kwargs, self.batch = model, args, kwargs, batch
+
+    def wrong(
+        self, weights: Weights, uncovered: Mapping[Parameter, str], fallback: str
+    ) -> dict[Parameter, str]:
+        """The parameters whose per-sample gradients are not right, and why; `uncovered` are left to the fallback."""
+        alike = _regrouped(weights, self.model, uncovered, fallback)
+        generator = torch.Generator(device=weights.params[0].device).manual_seed(0)
+        directions = {p: _random(p, generator)[None] for p in weights.params}
+        refused: dict[Parameter, str] = {}
+        with undisturbed(self.model), torch.enable_grad():
+            capture = Capture(alike, self.batch, directions, refused=refused)
+            with Boundary(self.model, alike, capture) as boundary, capture:
+                outputs = self._forward(slice(None))
+            rows = sorted({0, self.batch - 1})[:SAMPLES] if self.batch > 1 else []
+            alone = {i: self._forward(slice(i, i + 1)) for i in rows}
+            same = [
+                k
+                for k, x in enumerate(outputs)
+                if all(_fits(x, k, one, len(outputs)) for one in alone.values())
+            ]
+            if not same:
+                return refused  # the model returns nothing per sample (a bare loss): there is nothing to compare with
+            outputs = [outputs[k] for k in same]
+            seeds = [_random(x, generator) for x in outputs]
+            with capture:
+                found = _gradients(outputs, seeds, [*weights.params, capture.probe])
+            capture.probe.grad = found[-1]
+            with torch.no_grad():
+                scores = boundary.finish()
+            assert scores is not None
+            seen = scores[:, 0]  # [groups, B]
+            reason = "its per-sample gradients do not add up to .grad (a use of it was not seen)"
+            wrong = {p: reason for p in _wrong(alike, seen.sum(1), found[:-1], directions)}
+            for i, one in alone.items():
+                seeds_i = [seed[i : i + 1] for seed in seeds]
+                truth = _gradients([one[k] for k in same], seeds_i, weights.params)
+                reason = f"sample {i} alone gives other gradients than in its batch"
+                wrong |= {p: reason for p in _wrong(alike, seen[:, i], truth, directions)}
+        return {**wrong, **refused}
+
+    def _forward(self, rows: slice) -> list[Tensor]:
         def cut(x: Any) -> Any:
-            return x[rows] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x
+            return x[rows] if isinstance(x, Tensor) and x.dim() and x.shape[0] == self.batch else x
 
-        out = model(*tree_map(cut, args), **tree_map(cut, dict(kwargs)))
-        rows_out = len(range(*rows.indices(batch)))
-        leaves = tree_leaves(_plain(out))
-        return [
-            x
-            for x in leaves
-            if isinstance(x, Tensor)
-            and x.requires_grad
-            and x.is_floating_point()
-            and x.dim()
-            and len(x) == rows_out
-        ]
+        out = self.model(*tree_map(cut, self.args), **tree_map(cut, dict(self.kwargs)))
+        size = len(range(*rows.indices(self.batch)))
+        leaves = [x for x in tree_leaves(_plain(out)) if isinstance(x, Tensor) and x.is_floating_point()]
+        return [x for x in leaves if x.requires_grad and x.dim() and len(x) == size]
 
-    with undisturbed(model), torch.enable_grad():
-        capture = Capture(one_by_one, batch, directions)
-        with capture:
-            outputs = forward(slice(None))
-        if not outputs:
-            return  # the model returns nothing per sample (a bare loss): there is nothing to compare with
-        seeds = [_random(x, generator) for x in outputs]
-        with capture:
-            found = _gradients(outputs, seeds, [*weights.params, capture.probe])
-        seen = found[-1][:, 0]  # [parameters, B]
-        _compare_totals(one_by_one, seen, found[:-1], directions)
-        for i in sorted({0, batch - 1})[:SAMPLES] if batch > 1 else []:
-            alone = forward(slice(i, i + 1))
-            truth = _gradients(alone, [seed[i : i + 1] for seed in seeds], weights.params)
-            _compare_sample(one_by_one, seen[:, i], truth, directions, i)
+
+def _fits(x: Tensor, k: int, alone: list[Tensor], count: int) -> bool:
+    """Whether an output has the shape alone that its rows have in the batch (a matrix of all pairs has not)."""
+    return len(alone) == count and alone[k].shape[1:] == x.shape[1:]
+
+
+def _regrouped(weights: Weights, model: Module, uncovered: Mapping[Parameter, str], fallback: str) -> Weights:
+    """The same parameters, each in a group of its own; those of the fallback share one, so that it runs once."""
+    last = len(weights.params)
+    groups = {param: last if param in uncovered else k for k, param in enumerate(weights.params)}
+    alike = Weights([(name, param) for param, name in weights.names.items()], groups, model.buffers())
+    alike.hand_over(uncovered, fallback)
+    return alike
 
 
 def _gradients(outputs: list[Tensor], seeds: list[Tensor], leaves: list[Any]) -> list[Tensor]:
@@ -89,46 +157,24 @@ def _gradients(outputs: list[Tensor], seeds: list[Tensor], leaves: list[Any]) ->
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
-def _compare_totals(
-    weights: Weights, seen: Tensor, gradients: list[Tensor], directions: Mapping[Parameter, Tensor]
-) -> None:
-    wrong = _wrong(weights, seen.sum(1), gradients, directions)
-    if wrong:
-        raise CoverageError(
-            f"the start-up check found uses of {_list(wrong)} that the capture did not see: the per-sample gradients "
-            "do not add up to .grad. Is it used inside a custom autograd.Function, or through a copy made outside the "
-            "step? Use a plain torch operation, or pass exclude=[...] with these names (scores are then partial)."
-        )
-
-
-def _compare_sample(
-    weights: Weights, seen: Tensor, gradients: list[Tensor], directions: Mapping[Parameter, Tensor], i: int
-) -> None:
-    wrong = _wrong(weights, seen, gradients, directions)
-    if wrong:
-        raise CoverageError(
-            f"the start-up check found wrong per-sample gradients for {_list(wrong)}: sample {i} alone gives others. "
-            "Either the model mixes the samples of a batch before this parameter, or dimension 0 of an input is not "
-            "the samples. Pass exclude=[...] with these names, or check='off' if the mixing is intended."
-        )
-
-
 def _wrong(
     weights: Weights, seen: Tensor, gradients: list[Tensor], directions: Mapping[Parameter, Tensor]
-) -> list[str]:
-    """Names of parameters whose inner products differ by more than rounding."""
-    names = []
-    for param, value, gradient in zip(weights.params, seen, gradients, strict=True):
-        direction = directions[param][0]
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        truth = (gradient.to(wide) * direction.to(wide)).sum()
-        size = gradient.to(wide).norm()  # ⟨g, G⟩ has about this size: the entries of G are of order one
-        if (
-            not torch.isfinite(value)
-            or (value - truth).abs() > TOLERANCE.get(param.dtype, 0.1) * size + 1e-12
-        ):
-            names.append(weights.names[param])
-    return names
+) -> list[Parameter]:
+    """Parameters whose group's inner product `seen [groups]` differs from autograd's by more than rounding."""
+    truth, size = torch.zeros_like(seen), torch.zeros_like(seen)
+    for param, gradient in zip(weights.params, gradients, strict=True):
+        wide = gradient.to(seen.dtype)
+        truth[weights.groups[param]] += (wide * directions[param][0].to(seen.dtype)).sum()
+        size[weights.groups[param]] += (
+            wide.norm()
+        )  # ⟨g, G⟩ has about this size: the entries of G are of order one
+    tolerance = {weights.groups[p]: TOLERANCE.get(p.dtype, 0.1) for p in weights.params}
+    bad = [
+        group
+        for group, limit in tolerance.items()
+        if not torch.isfinite(seen[group]) or (seen[group] - truth[group]).abs() > limit * size[group] + 1e-12
+    ]
+    return [param for param in weights.params if weights.groups[param] in bad]
 
 
 def _list(names: list[str]) -> str:

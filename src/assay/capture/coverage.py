@@ -26,6 +26,7 @@ class Coverage:
     names: Mapping[Parameter, str]
     left_out: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     uses: dict[Parameter, dict[str, int]] = field(default_factory=dict)
+    fallbacks: dict[Parameter, str] = field(default_factory=dict)
 
     def note(self, params: Iterable[Parameter], operation: str, rule: str, y: Tensor) -> None:
         """Enter one use."""
@@ -33,6 +34,15 @@ class Coverage:
         for param in params:
             counts = self.uses.setdefault(param, {})
             counts[how] = counts.get(how, 0) + 1
+
+    def fall_back(self, params: Iterable[Parameter], fallback: str, cost: str) -> None:
+        """Enter parameters that a fallback measures."""
+        for param in params:
+            self.fallbacks[param] = fallback
+            self.uses[param] = {cost: 1}
+
+    def _status(self, param: Parameter) -> str:
+        return self.fallbacks.get(param, "exact") if param in self.uses else "unused"
 
     def check_all_seen(self) -> None:
         """Every parameter that has a gradient has been seen in use.
@@ -53,15 +63,11 @@ class Coverage:
     def frame(self) -> pl.DataFrame:
         """One row per parameter: `parameter, entries, percent, status, operations`.
 
-        `status` is "exact", "unused" (no sample used it so far), "excluded", "frozen" or "not optimized".
+        `status` is "exact", "forward mode" or "sample loop" (exact by these fallbacks, with their cost under
+        `operations`), "unused" (no sample used it so far), "excluded", "frozen" or "not optimized".
         """
         rows = [
-            (
-                name,
-                param.numel(),
-                "exact" if param in self.uses else "unused",
-                ", ".join(self.uses.get(param, {})),
-            )
+            (name, param.numel(), self._status(param), ", ".join(self.uses.get(param, {})))
             for param, name in self.names.items()
         ]
         rows += [(name, entries, why, "") for name, (entries, why) in self.left_out.items()]

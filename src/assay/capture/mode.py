@@ -45,6 +45,10 @@ class Weights:
         named: name and parameter.
         groups: group index of each parameter.
         constants: further tensors of the model that carry no sample (buffers).
+
+    Attributes:
+        uncovered: parameters that the fallback measures, and why.
+        fallback: which one, "forward mode" or "sample loop".
     """
 
     def __init__(
@@ -57,7 +61,15 @@ class Weights:
         self.groups = {param: groups[param] for param in self.names}
         self.marks = {id(param): leaf(param, self.groups[param]) for param in self.names}
         self.constants = {id(tensor): tensor for tensor in constants}  # held, so that no id is given anew
+        self.uncovered: dict[Parameter, str] = {}
+        self.fallback = ""
         self.number_of_groups = max(self.groups.values(), default=0) + 1
+
+    def hand_over(self, params: Mapping[Parameter, str], fallback: str) -> None:
+        """Leave these parameters, each with the reason, to the fallback at the model's boundary."""
+        self.uncovered, self.fallback = dict(params), fallback
+        for param in params:
+            self.marks.pop(id(param), None)
 
     @property
     def params(self) -> list[Parameter]:

@@ -70,8 +70,7 @@ def embedding_bag(call: Call) -> Any:
         or layout is None
         or layout.dim
         or call.weight(scales) is not None
-        or mode == "max"
-        and offsets is not None
+        or (mode == "max" and offsets is not None)
     ):
         call.capture.refuse(call, [mark] if mark else [], "this form of it is not known")
         return y

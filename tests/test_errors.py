@@ -1,5 +1,6 @@
 """Bad input gets one line that says what is wrong and what to do, and nothing recorded before it is lost."""
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import math
@@ -49,7 +50,7 @@ class Training:
     def step(self, loss: Callable[[nn.Module, Batch], Tensor] = LOSS, ids: Any = None) -> None:
         own, batch = self.data[self.taken][0]
         with self.run.step(own if ids is None else ids):
-            loss(self.model, batch).backward()  # type: ignore[no-untyped-call]
+            loss(self.model, batch).backward()
         self.update()
 
     def update(self) -> None:
@@ -148,11 +149,11 @@ def test_two_backward_passes_in_one_step() -> None:
     ids, batch = twice.data[0][0]
     with twice.run.step(ids):
         loss = LOSS(twice.model, batch)
-        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=True)
+        loss.backward()
     twice.update()
     with doubled.run.step(ids):
-        (2 * LOSS(doubled.model, batch)).backward()  # type: ignore[no-untyped-call]
+        (2 * LOSS(doubled.model, batch)).backward()
     doubled.update()
     a, b = (t.close().steps("held_out")["value"].to_list() for t in (twice, doubled))
     assert a == pytest.approx(b, rel=1e-9)
@@ -203,7 +204,7 @@ def test_close_in_the_middle_of_a_step() -> None:
     training.step()
     ids, batch = training.data[1][0]
     with training.run.step(ids):
-        LOSS(training.model, batch).backward()  # type: ignore[no-untyped-call]
+        LOSS(training.model, batch).backward()
     is_whole(training.close(), steps=1)
 
 
@@ -288,11 +289,11 @@ def test_error_in_the_targets_own_loss_leaves_the_model_in_order() -> None:
     "make",
     [
         lambda: assay.InRunShapley(targets={}),
-        lambda: assay.InRunShapley(targets={"a": LOSS}),
+        lambda: assay.InRunShapley(targets={"a": LOSS}),  # type: ignore[dict-item]
         lambda: assay.InRunShapley(targets={"a": assay.Target([1], LOSS)}, path="nearest"),
         lambda: assay.InRunShapley(targets={"a": assay.Target([1], LOSS)}, momentum="all"),
         lambda: assay.Target([], LOSS),
-        lambda: assay.Target([1], "cross_entropy"),
+        lambda: assay.Target([1], "cross_entropy"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_do_not_exist(make: Callable[[], object]) -> None:
@@ -312,7 +313,7 @@ def test_nan_step_that_the_loop_skips(factor: float) -> None:
         if number == 2:
             ids, batch = training.data[number][0]
             with training.run.step(ids):
-                (LOSS(training.model, batch) * factor).backward()  # type: ignore[no-untyped-call]
+                (LOSS(training.model, batch) * factor).backward()
             training.optimizer.zero_grad()
             training.taken += 1
             plain.taken += 1
@@ -384,7 +385,7 @@ class Lion(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -441,7 +442,7 @@ def test_gradient_changed_by_more_than_a_factor_warns() -> None:
     training = Training()
     ids, batch = training.data[0][0]
     with training.run.step(ids):
-        LOSS(training.model, batch).backward()  # type: ignore[no-untyped-call]
+        LOSS(training.model, batch).backward()
     nn.utils.clip_grad_value_(training.model.parameters(), 1e-3)
     training.update()
     with pytest.warns(assay.AssayWarning, match="clip"):
@@ -511,7 +512,7 @@ def test_uncovered_parameter_with_single_samples(check: str) -> None:
         pytest.raises(assay.CoverageError, match="gain") as error,
         training.run.step(ids[:1]),
     ):
-        LOSS(training.model, {name: x[:1] for name, x in batch.items()}).backward()  # type: ignore[no-untyped-call]
+        LOSS(training.model, {name: x[:1] for name, x in batch.items()}).backward()
     one_line(error)
 
 

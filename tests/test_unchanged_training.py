@@ -1,5 +1,6 @@
 """assay looks on: the training that it values is the training that would have been without it."""
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import copy
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from reference import CASES, Case, Plan, plan, train
+from reference.cases import gpt2
 from reference.models import WithDropout
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -27,17 +29,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 NAMES = ["gpt2", "llama_tied", "llama_untied", "mlp", "cnn", "gpt", "called_twice", "raw_parameters"]
 
 
-def gpt2_with_dropout() -> nn.Module:
-    from transformers import GPT2LMHeadModel
-
-    config = copy.deepcopy(CASES["gpt2"].build().config)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
-    return GPT2LMHeadModel(config)
-
-
 DROPOUT = {
     "mlp": replace(CASES["mlp"], build=WithDropout),
-    "gpt2": replace(CASES["gpt2"], build=gpt2_with_dropout),
+    "gpt2": replace(CASES["gpt2"], build=lambda: gpt2(dropout=0.1)),
 }
 
 
@@ -222,10 +216,10 @@ def test_the_generators_of_python_and_numpy() -> None:
     case = CASES["mlp"]
     random.seed(1)
     np.random.seed(1)
-    python, numpy = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    python, numpy = random.getstate(), repr(np.random.get_state(legacy=False))
     Trained(case, "adamw", plan(case, 2, dtype=torch.float32), {})
     assert random.getstate() == python
-    assert np.random.get_state()[1].tolist() == numpy  # type: ignore[union-attr]
+    assert repr(np.random.get_state(legacy=False)) == numpy
 
 
 def test_close_takes_everything_off() -> None:

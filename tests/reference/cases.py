@@ -182,15 +182,15 @@ HUGGING_FACE = _losses(_predict_next, *REDUCTIONS)
 OWN_LOSS = {"token_mean": Loss("token_mean", _predict_next, whole=_own_loss)}
 
 
-def gpt2() -> nn.Module:
+def gpt2(dropout: float = 0.0) -> nn.Module:
     """A GPT-2 of two blocks: `Conv1D`, tied embeddings, positions of shape `[1, T]`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=8, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config)  # type: ignore[no-any-return]
 
 
 def llama(tied: bool) -> nn.Module:
@@ -202,7 +202,7 @@ def llama(tied: bool) -> nn.Module:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
         tie_word_embeddings=tied, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)  # type: ignore[no-any-return]
 
 
 TABLE = (

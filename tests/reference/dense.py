@@ -8,7 +8,7 @@ Nothing here is taken from assay.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from reference.cases import Batch, Loss
 
-MicroBatch = tuple[Sequence[Hashable], Batch]
+Id = int | str
+MicroBatch = tuple[Sequence[Id], Batch]
 
-Step = list[tuple[Hashable, float]]
+Step = list[tuple[Id, float]]
 """Id and value of every sample of an optimizer step, in the order of the micro-batches and their rows."""
 
 
@@ -82,9 +83,9 @@ def values(
 
 def _sample_gradients(
     snapshot: Snapshot, loss: Loss, params: list[nn.Parameter]
-) -> list[tuple[Hashable, list[Tensor]]]:
+) -> list[tuple[Id, list[Tensor]]]:
     """Each sample's id and its gradient, one backward pass each."""
-    result: list[tuple[Hashable, list[Tensor]]] = []
+    result: list[tuple[Id, list[Tensor]]] = []
     for ids, batch in snapshot.micro_batches:
         for i, sample in enumerate(ids):
             term = loss.part(snapshot.model, batch, i) / len(snapshot.micro_batches)
@@ -169,4 +170,5 @@ def _adam(
         v = v + beta2 * state["exp_avg_sq"]
         if group["amsgrad"]:
             v = torch.maximum(v, state["max_exp_avg_sq"])
-    return (1 - beta1) / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+    second: Tensor = (v / (1 - beta2**t)).sqrt()
+    return (1 - beta1) / (1 - beta1**t) / (second + float(group["eps"]))

@@ -1,9 +1,10 @@
 """The training loop that every comparison shares, with and without assay."""
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from reference.cases import Batch, Case
-from reference.dense import MicroBatch, Snapshot
+from reference.dense import Id, MicroBatch, Snapshot
 
 Plan = Sequence[Sequence[MicroBatch]]
 """For each optimizer step its micro-batches."""
@@ -24,7 +25,7 @@ def plan(
     steps: int = 3,
     sizes: Sequence[int] = (4,),
     dtype: torch.dtype = torch.float64,
-    ids: Callable[[int], Hashable] = int,
+    ids: Callable[[int], Id] = int,
 ) -> Plan:
     """`steps` steps of one micro-batch per entry of `sizes`; `ids` turns a running number into an id."""
     result: list[list[MicroBatch]] = []
@@ -46,7 +47,7 @@ def train(
     loss: Callable[[nn.Module, Batch], torch.Tensor],
     *,
     clip: float | None = None,
-    record: Callable[[Sequence[Hashable]], AbstractContextManager[Any]] | None = None,
+    record: Callable[[Sequence[Id]], AbstractContextManager[Any]] | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     scale: float = 1.0,
@@ -67,7 +68,7 @@ def train(
     for number, micro_batches in enumerate(plan):
         for ids, batch in micro_batches:
             with record(ids) if record else nullcontext():
-                (loss(model, batch) / len(micro_batches) * scale).backward()  # type: ignore[no-untyped-call]
+                (loss(model, batch) / len(micro_batches) * scale).backward()
         if scale != 1.0:
             for param in model.parameters():
                 if param.grad is not None:

@@ -99,7 +99,7 @@ class Block(nn.Module):
         scores = (q @ k.transpose(2, 3)) / (D // self.heads) ** 0.5  # [B, heads, T, T]
         attention = scores.masked_fill(~self.mask[:T, :T], float("-inf")).softmax(3)
         x = x + self.out((attention @ v).transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
 
 
 class CalledTwice(nn.Module):
@@ -194,7 +194,7 @@ class InPlace(nn.Module):
         x = F.relu(self.inner(self.features(x)), inplace=True)
         logits = self.head(x)
         logits += self.head(torch.tanh(x))
-        return logits
+        return logits  # type: ignore[no-any-return]
 
 
 class InPlaceOverTokens(nn.Module):

@@ -43,10 +43,13 @@ class Weight:
     Args:
         params: the parameters that it depends on.
         push: from directions of the parameters to `{group: [targets, *shape]}`, one entry per parameter group.
+        pull: the adjoint of `push`, from gradients `[B, *shape]` of this tensor to those of its parameters; None
+            where only inner products are to be had.
     """
 
     params: tuple[Parameter, ...]
     push: Callable[[Directions], dict[int, Tensor]]
+    pull: Callable[[Tensor], dict[Parameter, Tensor]] | None = None
     operations: set[str] = field(default_factory=set)
 
 
@@ -58,7 +61,9 @@ MIXED = Data(None)
 
 def leaf(param: Parameter, group: int) -> Weight:
     """The mark of a parameter itself."""
-    return Weight((param,), lambda directions: {group: directions[param]})
+    return Weight(
+        (param,), lambda directions: {group: directions[param]}, lambda gradients: {param: gradients}
+    )
 
 
 def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[int, Weight]) -> Weight:
@@ -80,7 +85,29 @@ def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[in
             for group in groups
         }
 
-    return Weight(params, push)
+    def pull(gradients: Tensor) -> dict[Parameter, Tensor]:
+        found: dict[Parameter, Tensor] = {}
+        for i, part in _pulled_back(call, primals, list(weights), gradients).items():
+            below = weights[i].pull
+            assert below is not None  # a derived weight comes from parameters and derived weights alone
+            for param, g in below(part).items():
+                found[param] = found[param] + g if param in found else g
+        return found
+
+    return Weight(params, push, pull)
+
+
+def _pulled_back(
+    call: Callable[..., Tensor], primals: list[Tensor], positions: list[int], gradients: Tensor
+) -> dict[int, Tensor]:
+    """`{operand: [B, *operand.shape]}`: gradients `[B, *shape]` of `call(*primals)` taken back to its operands."""
+    with torch.enable_grad():
+        moved = {i: primals[i].detach().requires_grad_() for i in positions}
+        y = call(*(moved.get(i, primal) for i, primal in enumerate(primals)))
+        rows = [
+            torch.autograd.grad(y, list(moved.values()), g.to(y.dtype), retain_graph=True) for g in gradients
+        ]
+    return {i: torch.stack(column) for i, column in zip(moved, zip(*rows, strict=True), strict=True)}
 
 
 def _jvp(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:

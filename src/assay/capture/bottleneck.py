@@ -1,0 +1,300 @@
+"""Projected per-sample gradients: what stands in the bottleneck between two projections.
+
+For y = x Wᵀ let sample i use the weights W + P_oᵀ C_i P_i. Then ∂L/∂C_i at C = 0 is P_o g_i P_iᵀ, and for a linear
+layer that is Σ_t (P_o b_it)(P_i a_it)ᵀ: both sides are made small before they meet, and g_i is never written out
+(LoGra, arXiv 2405.13954, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from assay.capture.check import check_capture
+from assay.capture.factors import Dense, Directional, Factors, Lookup, Outer
+from assay.capture.layout import Layout
+from assay.capture.marks import Weight
+from assay.capture.mode import Capture, Weights
+from assay.errors import CoverageError, InputError
+from assay.targets import undisturbed
+
+__all__ = ["FactorStream", "Sides", "projected", "stream_factors"]
+
+Take = Callable[[Weight, Factors], None]
+ENTRIES = 1 << 22  # of a block of intermediate results, where the samples' rows lie in no regular order
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two projections of one parameter, seen as a matrix `[rows, columns]`: its first dimension by all others.
+
+    Args:
+        shape: the parameter's shape.
+        left: `[r0, rows]`; None leaves that side as it is.
+        right: `[r1, columns]`; None likewise.
+    """
+
+    shape: tuple[int, ...]
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the parameter as a matrix; a vector is one column."""
+        rows = self.shape[0] if self.shape else 1
+        columns = 1
+        for size in self.shape[1:]:
+            columns *= size
+        return rows, columns
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """r0 and r1."""
+        rows, columns = self.matrix
+        return rows if self.left is None else len(self.left), columns if self.right is None else len(
+            self.right
+        )
+
+    @property
+    def width(self) -> int:
+        """Entries of a projected gradient."""
+        return self.ranks[0] * self.ranks[1]
+
+    def to(self, device: torch.device) -> Sides:
+        """The same on a device."""
+        left = None if self.left is None else self.left.to(device)
+        return Sides(self.shape, left, None if self.right is None else self.right.to(device))
+
+
+class FactorStream(Capture):
+    """A capture that hands on every use's factored gradients as the backward pass meets them, and keeps none.
+
+    Args:
+        weights: the parameters to watch.
+        batch: B.
+        take: called with each weight and its factors.
+    """
+
+    def __init__(self, weights: Weights, batch: int, take: Take) -> None:
+        super().__init__(
+            weights, batch, strict=True
+        )  # torch's own kernels: no weight gradient is asked of them
+        self._take = take
+
+    def keeps(self, weight: Weight) -> bool:
+        """Factors are consumed at once."""
+        return False
+
+    @torch.no_grad()
+    def record(self, uses: object, like: Tensor) -> Tensor:
+        """Hand the uses on; the probe's gradient is zero."""
+        for weight, factors in uses:  # type: ignore[attr-defined]
+            self._take(weight, factors)
+        return torch.zeros_like(like)
+
+
+def stream_factors(
+    model: Module,
+    weights: Weights,
+    loss_fn: Callable[[Module, object], Tensor],
+    batch: object,
+    size: int,
+    take: Take,
+    *,
+    check: bool = False,
+) -> None:
+    """One forward and backward pass in evaluation mode; `.grad` of the parameters is neither formed nor touched.
+
+    Args:
+        model: the model.
+        weights: the parameters whose per-sample gradients are wanted.
+        loss_fn: `loss_fn(model, batch)` returns a scalar.
+        batch: what it takes.
+        size: B, the number of rows of dimension 0.
+        take: called with each weight and its factors.
+        check: compare the capture with plain autograd on this batch first.
+
+    Raises:
+        InputError: the loss is no scalar with a gradient, or the model received another number of rows.
+        CoverageError: a parameter is used in a way that has no exact rule.
+    """
+    capture = FactorStream(weights, size, take)
+    due = check
+
+    def enter(module: Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal due
+        if capture.paused:
+            return
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        rows = [len(x) for x in tensors if x.dim()]
+        if rows and size not in rows:
+            raise InputError(
+                f"{size} examples were announced, but the model received tensors of "
+                f"{', '.join(map(str, dict.fromkeys(rows)))} rows; give one id per row of dimension 0."
+            )
+        for tensor in tensors:
+            capture.enter(tensor)
+        if due and size > 1:
+            due, capture.paused = False, True
+            try:
+                check_capture(model, args, kwargs, weights, size)
+            finally:
+                capture.paused = False
+
+    hook = model.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with undisturbed(model), torch.enable_grad(), capture:
+            loss = loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise InputError(
+                    f"loss_fn(model, batch) must return a scalar tensor, not {shape}; return its mean or its sum."
+                )
+            if not loss.requires_grad or not capture.uses:
+                raise InputError("the loss does not depend on the parameters that are watched.")
+            torch.autograd.grad(loss.reshape(()), capture.probe)
+    finally:
+        hook.remove()
+
+
+def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]) -> dict[Parameter, Tensor]:
+    """`{parameter: [B, r0, r1]}`: P_o g_i P_iᵀ of the parameters behind one use, for those that `sides` names."""
+    wanted = [param for param in weight.params if param in sides]
+    if not wanted:
+        return {}
+    if len(weight.params) == 1:
+        (param,) = weight.params
+        direct = _in_own_orientation(weight, factors, param)
+        if direct is not None:
+            return {param: _project(direct, sides[param])}
+    if weight.pull is not None:
+        dense = _dense(factors)
+        if dense is not None:
+            pulled = weight.pull(dense)
+            return {p: _project(Dense(pulled[p]), sides[p]) for p in wanted}
+    return {p: _by_directions(weight, factors, p, sides[p]) for p in wanted}
+
+
+def _in_own_orientation(weight: Weight, factors: Factors, param: Parameter) -> Factors | None:
+    """The factors as those of the parameter itself, where the used tensor is it, a cast or its transpose."""
+    if isinstance(factors, (Dense, Outer, Lookup, Directional)):
+        itself = param.detach()[None]
+        if weight.push({param: itself}).get(0) is itself:
+            return factors
+        generator = torch.Generator(device=param.device).manual_seed(0)
+        G = torch.randn(1, *param.shape, generator=generator, dtype=param.dtype, device=param.device)
+        ((_, pushed),) = weight.push({param: G}).items()  # a random direction that comes back unchanged tells
+        if pushed.shape == G.shape and torch.equal(pushed, G.to(pushed.dtype)):
+            return factors
+        if param.dim() == 2 and pushed.shape == G.mT.shape and torch.equal(pushed, G.mT.to(pushed.dtype)):
+            if isinstance(factors, Outer):
+                return Outer(factors.a, factors.b, factors.layout, not factors.transposed)
+            if isinstance(factors, Dense):
+                return Dense(factors.gradients.mT)
+    return None
+
+
+def _project(factors: Factors, sides: Sides) -> Tensor:
+    """`[B, r0, r1]`."""
+    if isinstance(factors, Outer):
+        left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
+        return _joined(_apply(left, sides.left), _apply(right, sides.right), factors.layout)
+    if isinstance(factors, Lookup):
+        right = _apply(factors.b, sides.right)
+        if sides.left is None:
+            return _scattered(factors.indices, right, factors.layout, sides.matrix[0])
+        left = F.embedding(factors.indices, sides.left.t().to(right.dtype))
+        return _joined(left, right, factors.layout)
+    dense = _dense(factors)
+    if dense is None:
+        raise CoverageError(
+            "per-sample gradients of a parameter that is used in this way cannot be projected."
+        )
+    g = dense.reshape(len(dense), *sides.matrix)
+    left = g if sides.left is None else sides.left.to(g.dtype) @ g
+    return left if sides.right is None else left @ sides.right.to(g.dtype).t()
+
+
+def _apply(x: Tensor, matrix: Tensor | None) -> Tensor:
+    """`[…, r]`: x `[…, n]` through a projection `[r, n]`, summed later in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x if matrix is None else x @ matrix.to(x.dtype).t()).to(wide)
+
+
+def _joined(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
+    """`[B, r0, r1]`: Σ_t left_it ⊗ right_it."""
+    r0, r1 = left.shape[-1], right.shape[-1]
+    if layout.labels is None:
+        left, right = layout.grouped(left), layout.grouped(right)
+        return left.reshape(layout.batch, -1, r0).mT @ right.reshape(layout.batch, -1, r1)
+    left, right = left.movedim(layout.dim, 0), right.movedim(layout.dim, 0)
+    left, right = left.reshape(len(left), -1, r0), right.reshape(len(right), -1, r1)
+    total = left.new_zeros(layout.batch, r0, r1)
+    block = max(1, ENTRIES // (r0 * r1))
+    for start in range(0, len(left), block):
+        part = slice(start, start + block)
+        pairs = left[part].mT @ right[part]  # [rows, r0, r1]
+        total += layout.labelled(0, layout.labels[part]).per_sample_sum(pairs, keep=2)
+    return total
+
+
+def _scattered(indices: Tensor, right: Tensor, layout: Layout, rows: int) -> Tensor:
+    """`[B, rows, r1]`: right `[…, r1]` added up in the rows that it was looked up from."""
+    owners = layout.row_labels(indices.shape[layout.dim], indices.device)
+    shape = [1] * indices.dim()
+    shape[layout.dim] = -1
+    owners = owners.reshape(shape).expand_as(indices).reshape(-1)
+    total = right.new_zeros((layout.batch + 1) * rows, right.shape[-1])
+    places = (owners % (layout.batch + 1)) * rows + indices.reshape(-1)
+    total.index_add_(0, places, right.reshape(-1, right.shape[-1]))
+    return total.reshape(layout.batch + 1, rows, -1)[: layout.batch]
+
+
+def _dense(factors: Factors) -> Tensor | None:
+    """`[B, *weight.shape]`: the gradients written out; None for factors that answer inner products only."""
+    if isinstance(factors, Dense):
+        return factors.gradients
+    if isinstance(factors, Outer):
+        left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
+        return _joined(_apply(left, None), _apply(right, None), factors.layout)
+    if isinstance(factors, Directional):
+        return _differentiated(factors)
+    return None
+
+
+def _differentiated(factors: Directional) -> Tensor:
+    """`[B, *weight.shape]`: one derivative of the operation per sample."""
+    layout, b = factors.layout, factors.b
+    owners = layout.row_labels(b.shape[layout.dim], b.device)
+    shape = [1] * b.dim()
+    shape[layout.dim] = -1
+    rows = []
+    with torch.enable_grad():
+        primals = [x.detach() for x in factors.primals]
+        moved = primals[factors.operand].requires_grad_()
+        y = factors.call(*primals)
+        for i in range(layout.batch):
+            own = b * (owners == i).reshape(shape)
+            rows.append(torch.autograd.grad(y, moved, own.to(y.dtype), retain_graph=True)[0])
+    return torch.stack(rows)
+
+
+def _by_directions(weight: Weight, factors: Factors, param: Parameter, sides: Sides) -> Tensor:
+    """`[B, r0, r1]`: inner products with every rank-one direction of the projection; the last resort."""
+    rows, columns = sides.matrix
+    eye = {"dtype": param.dtype, "device": param.device}
+    left = torch.eye(rows, **eye) if sides.left is None else sides.left.to(**eye)  # type: ignore[call-overload]
+    right = torch.eye(columns, **eye) if sides.right is None else sides.right.to(**eye)  # type: ignore[call-overload]
+    others = {p: torch.zeros_like(p)[None] for p in weight.params if p is not param}
+    found = []
+    for row in left:  # r1 directions at once
+        directions = (row[None, :, None] * right[:, None, :]).reshape(-1, *param.shape)
+        rest = {p: zero.expand(len(directions), *p.shape) for p, zero in others.items()}
+        pushed = weight.push({param: directions, **rest})
+        found.append(torch.stack([factors.dot(part) for part in pushed.values()]).sum(0))  # [r1, B]
+    return torch.stack(found).permute(2, 0, 1)

@@ -1,0 +1,197 @@
+"""LoGra: per-sample gradients projected from both sides, layer by layer.
+
+The gradient of a weight is a matrix g_i; what is kept of it is P_o g_i P_iᵀ with P_o `[rank, p]` and P_i `[rank, d]`
+(Choe et al., "What is your data worth to GPT?", arXiv 2405.13954, section 3). A side that is no wider than the rank is
+kept as it is. Vectors (biases, norms) have one side.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from assay.capture import Weights
+from assay.capture.bottleneck import Sides, projected, stream_factors
+from assay.capture.factors import Factors
+from assay.capture.marks import Weight
+from assay.errors import InputError
+
+__all__ = ["Layer", "Projection", "Projector", "random_sides"]
+
+Kind = Literal["random", "pca", "none"]
+LossFn = Callable[[Module, object], Tensor]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How per-sample gradients are made small.
+
+    Args:
+        rank: rows of the projection on each side of a weight, so that `rank²` numbers are kept per weight and
+            example; None keeps every direction (only with `kind="pca"`, which then turns to the principal axes).
+        kind: "random" draws Gaussian matrices with E[PᵀP] = I; "pca" takes the leading eigenvectors of the uncentred
+            KFAC covariances of activations and output gradients, which costs one more pass over the examples;
+            "none" keeps gradients whole.
+        seed: of the random matrices.
+
+    Raises:
+        InputError: a rank that is no positive number, or an unknown kind.
+
+    Example:
+        >>> Projection(rank=16)
+        Projection(rank=16, kind='random', seed=0)
+    """
+
+    rank: int | None = 64
+    kind: Kind = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InputError(
+                f"Projection(kind={self.kind!r}) is not known; choose 'random', 'pca' or 'none'."
+            )
+        if self.rank is None and self.kind == "random":
+            raise InputError("Projection(kind='random') needs a rank; kind='none' keeps gradients whole.")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise InputError(f"Projection(rank={self.rank!r}): the rank must be a positive whole number.")
+
+
+def random_sides(name: str, param: Tensor, projection: Projection) -> Sides:
+    """The Gaussian projections of one parameter, N(0, 1/rank): the same on every machine for one name and seed."""
+    bare = Sides(tuple(param.shape))
+    if projection.kind == "none" or projection.rank is None:
+        return bare
+    generator = torch.Generator().manual_seed(
+        zlib.crc32(name.encode()) ^ (projection.seed * 0x9E3779B1) % 2**63
+    )
+    rank = projection.rank
+
+    def draw(width: int) -> Tensor | None:
+        if width <= rank:
+            return None
+        scale: float = rank**-0.5
+        return torch.randn(rank, width, generator=generator) * scale
+
+    rows, columns = bare.matrix
+    return Sides(bare.shape, draw(rows), draw(columns))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parameters of one module, and where their entries stand in a row.
+
+    Args:
+        name: the module's name in the model; "" for the model's own parameters.
+        start: first entry.
+        stop: one past the last entry.
+        params: names of the parameters, in the order of their entries.
+    """
+
+    name: str
+    start: int
+    stop: int
+    params: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of entries."""
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> slice:
+        """Its entries of a row."""
+        return slice(self.start, self.stop)
+
+
+class Projector:
+    """Turns micro-batches into rows of projected per-sample gradients, `[B, width]`.
+
+    A row is the concatenation over parameters of P_o g_i P_iᵀ, row-major, in the order of `sides`.
+
+    Args:
+        weights: the watched parameters.
+        sides: each parameter's projections, by name.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> weights = Weights(model.named_parameters(), {p: 0 for p in model.parameters()})
+        >>> sides = {n: random_sides(n, p, Projection(kind="none")) for n, p in model.named_parameters()}
+        >>> projector = Projector(weights, sides)
+        >>> x, loss = torch.ones(4, 3), lambda model, x: model(x).sum()
+        >>> projector.rows(model, loss, x, 4, "sum").shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(self, weights: Weights, sides: Mapping[str, Sides]) -> None:
+        self.weights = weights
+        by_name = {name: param for param, name in weights.names.items()}
+        self.sides = {by_name[name]: s.to(by_name[name].device) for name, s in sides.items()}
+        self.slices: dict[Parameter, slice] = {}
+        start = 0
+        for param, s in self.sides.items():
+            self.slices[param] = slice(start, start + s.width)
+            start += s.width
+        self.width = start
+        wide = [torch.promote_types(p.dtype, torch.float32) for p in self.sides]
+        self.dtype = max(wide, key=lambda dtype: dtype.itemsize)
+        self.device = next(iter(self.sides)).device
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The modules that own the parameters, in the order of the row."""
+        layers: list[Layer] = []
+        for param, place in self.slices.items():
+            name = self.weights.names[param]
+            module = name.rpartition(".")[0]
+            if layers and layers[-1].name == module:
+                last = layers.pop()
+                layers.append(Layer(module, last.start, place.stop, (*last.params, name)))
+            else:
+                layers.append(Layer(module, place.start, place.stop, (name,)))
+        return tuple(layers)
+
+    def empty(self, batch: int) -> Tensor:
+        """`[B, width]` of zeros, to which uses are added."""
+        return torch.zeros(batch, self.width, dtype=self.dtype, device=self.device)
+
+    def add(self, rows: Tensor, weight: Weight, factors: Factors) -> None:
+        """Add the projected gradients of one use to `rows` `[B, width]`."""
+        for param, part in projected(weight, factors, self.sides).items():
+            rows[:, self.slices[param]] += part.flatten(1)
+
+    def rows(
+        self,
+        model: Module,
+        loss_fn: LossFn,
+        batch: object,
+        size: int,
+        reduction: Reduction,
+        check: bool = False,
+    ) -> Tensor:
+        """`[B, width]`: the projected gradients of each example's own loss.
+
+        Args:
+            model: the model; its modes, `.grad` and random-number state are left as they are.
+            loss_fn: `loss_fn(model, batch)` returns a scalar.
+            batch: what it takes.
+            size: B, the number of examples, one per row of dimension 0.
+            reduction: "mean" if the loss is the mean over examples, "sum" if it is their sum.
+            check: compare the capture with plain autograd on this batch first.
+
+        Raises:
+            InputError: the loss is no scalar that depends on the watched parameters, or the batch has another size.
+            CoverageError: a parameter is used in a way that has no exact rule.
+        """
+        rows = self.empty(size)
+        stream_factors(
+            model, self.weights, loss_fn, batch, size, lambda w, f: self.add(rows, w, f), check=check
+        )
+        return rows.mul_(size) if reduction == "mean" else rows

@@ -1,0 +1,174 @@
+"""Projected gradients against the dense projection of every sample's own autograd gradient, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import CASES
+from reference.cases import Case, Loss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from assay.capture import Weights
+from assay.capture.bottleneck import Sides
+from assay.errors import InputError
+from assay.projection import Projection, Projector, random_sides
+
+NAMES = [name for name in CASES if not name.endswith("own_loss")]
+KINDS = [Projection(rank=3, seed=1), Projection(kind="none")]
+
+
+def watched(model: nn.Module) -> Weights:
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return Weights(named, {p: 0 for _, p in named}, model.buffers())
+
+
+def projector_of(model: nn.Module, projection: Projection) -> Projector:
+    weights = watched(model)
+    return Projector(weights, {n: random_sides(n, p, projection) for p, n in weights.names.items()})
+
+
+def dense_projection(gradient: Tensor, sides: Sides) -> Tensor:
+    g = gradient.reshape(sides.matrix)
+    left = torch.eye(sides.matrix[0]) if sides.left is None else sides.left
+    right = torch.eye(sides.matrix[1]) if sides.right is None else sides.right
+    return (left.to(g.dtype) @ g @ right.to(g.dtype).t()).flatten()
+
+
+def dense_rows(model: nn.Module, terms: list[Tensor], projector: Projector) -> Tensor:
+    """One backward pass per sample's own term of the loss."""
+    rows = []
+    for term in terms:
+        params = list(projector.sides)
+        gradients = torch.autograd.grad(term, params, allow_unused=True, materialize_grads=True)
+        rows.append(
+            torch.cat(
+                [dense_projection(g, projector.sides[p]) for p, g in zip(params, gradients, strict=True)]
+            )
+        )
+    return torch.stack(rows)
+
+
+def assert_same(found: Tensor, truth: Tensor, tolerance: float = 1e-10) -> None:
+    assert found.shape == truth.shape
+    assert truth.abs().max() > 0
+    assert (found - truth).abs().max() <= tolerance * truth.abs().max()
+
+
+def compare(case: Case, loss: Loss, projection: Projection, size: int) -> None:
+    model = case.model().eval()
+    batch = case.batch(size, seed=3)
+    projector = projector_of(model, projection)
+    truth = dense_rows(model, [loss.part(model, batch, i) for i in range(size)], projector)
+    tolerance = 1e-10 if case.tolerance <= 1e-9 else case.tolerance  # some models cast to float32 themselves
+    assert_same(projector.rows(model, loss, batch, size, "sum"), truth, tolerance)
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projection: Projection) -> None:
+    case = CASES[name]
+    for loss in case.losses.values():
+        compare(case, loss, projection, size=4)
+
+
+def test_a_batch_of_one() -> None:
+    for name in ("mlp", "gpt2", "cnn"):
+        compare(CASES[name], next(iter(CASES[name].losses.values())), KINDS[0], size=1)
+
+
+def test_a_mean_is_scaled_to_each_example_and_gradients_stay_untouched() -> None:
+    case = CASES["mlp"]
+    model, batch = case.model(), case.batch(4, seed=3)
+    model.train()
+    projector = projector_of(model, KINDS[0])
+    mean = projector.rows(model, case.losses["sample_mean"], batch, 4, "mean")
+    total = projector.rows(model, case.losses["sum"], batch, 4, "sum")
+    torch.testing.assert_close(mean, total, rtol=1e-12, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+class Derived(nn.Module):
+    """Weights that are used transposed, cast, shifted, multiplied with one another and drawn through a reshape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(5, 7))
+        self.b = nn.Parameter(torch.randn(6, 5))
+        self.c = nn.Parameter(torch.randn(7))
+        self.d = nn.Parameter(torch.randn(12, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * (1 + self.c)
+        y = torch.tanh(x @ self.a.t())
+        y = y + x @ (self.b @ self.a).t()[:, :5]
+        return F.linear(y, self.d.view(6, 4)[:, :4].repeat(1, 2)[:, :5])
+
+
+def test_weights_that_are_computed_from_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = Derived().double(), torch.randn(4, 3, 7).double()
+
+    def loss(model: nn.Module, x: object) -> Tensor:
+        return model(x).square().sum()  # type: ignore[no-any-return]
+
+    for projection in KINDS:
+        projector = projector_of(model, projection)
+        truth = dense_rows(model, [loss(model, x[i : i + 1]) for i in range(4)], projector)
+        assert_same(projector.rows(model, loss, x, 4, "sum", check=True), truth)
+
+
+def test_a_parameter_without_sides_is_left_out() -> None:
+    case = CASES["mlp"]
+    model, batch, loss = case.model(), case.batch(4, seed=3), case.losses["sum"]
+    weights = watched(model)
+    some = {n: random_sides(n, p, KINDS[0]) for p, n in weights.names.items() if "bias" not in n}
+    whole = projector_of(model, KINDS[0])
+    part = Projector(weights, some)
+    rows = whole.rows(model, loss, batch, 4, "sum")
+    kept = [rows[:, place] for p, place in whole.slices.items() if weights.names[p] in some]
+    assert torch.equal(part.rows(model, loss, batch, 4, "sum"), torch.cat(kept, 1))
+    assert part.width < whole.width
+
+
+def test_layers_are_modules_in_order() -> None:
+    projector = projector_of(CASES["mlp"].model(), Projection(rank=3))
+    assert [layer.name for layer in projector.layers] == ["net.0", "net.2", "net.3"]
+    assert [layer.width for layer in projector.layers] == [9 + 3, 3 + 3, 9 + 3]
+    assert projector.layers[-1].stop == projector.width
+
+
+def test_random_matrices_keep_inner_products_on_average_and_depend_on_name_and_seed() -> None:
+    param = torch.zeros(400, 300)
+    sides = random_sides("w", param, Projection(rank=50))
+    assert sides.left is not None
+    assert sides.right is not None
+    gram = sides.left.t() @ sides.left
+    assert abs(float(gram.diagonal().mean()) - 1) < 0.02
+    assert abs(float((gram - torch.diag(gram.diagonal())).mean())) < 0.01
+    again = random_sides("w", param, Projection(rank=50))
+    assert torch.equal(again.left, sides.left)  # type: ignore[arg-type]
+    for other in (
+        random_sides("v", param, Projection(rank=50)),
+        random_sides("w", param, Projection(rank=50, seed=1)),
+    ):
+        assert not torch.equal(other.left, sides.left)  # type: ignore[arg-type]
+
+
+def test_refusals_name_what_is_wrong() -> None:
+    with pytest.raises(InputError, match="kind='fast'"):
+        Projection(kind="fast")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="rank=0"):
+        Projection(rank=0)
+    with pytest.raises(InputError, match="needs a rank"):
+        Projection(rank=None)
+    case = CASES["mlp"]
+    model, batch = case.model(), case.batch(4, seed=3)
+    projector = projector_of(model, KINDS[0])
+    with pytest.raises(InputError, match="scalar"):
+        projector.rows(model, lambda m, b: m(b["x"]), batch, 4, "sum")
+    with pytest.raises(InputError, match="3 examples were announced"):
+        projector.rows(model, case.losses["sum"], batch, 3, "sum")
+    with pytest.raises(InputError, match="does not depend"):
+        projector.rows(model, lambda m, b: b["x"].sum(), batch, 4, "sum")

@@ -37,8 +37,10 @@ class CostModel:
 
     per_entry: float = 0.35e-9  # a per-sample gradient entry written, summed and dotted once
     per_flop: float = 5.8e-12  # one floating-point operation inside a GEMM
-    kept_bytes: int = 256 << 20  # per-sample gradients of one layer that may be kept where a pair would be smaller
-    block_bytes: int = 4 << 20  # per-sample gradients of one block: about the cache of the cores
+    kept_bytes: int = (
+        256 << 20
+    )  # per-sample gradients of one layer that may be kept where a pair would be smaller
+    block_bytes: int = 1 << 20  # per-sample gradients of one block: about the cache of the cores
 
     def batched(self, batch: int, p: int, d: int, targets: int) -> float:
         """Extra seconds of the batched form over the weight-gradient GEMM that it replaces."""
@@ -125,15 +127,34 @@ def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, d, p = a.shape[0], a.shape[2], b.shape[2]
     wide = torch.promote_types(a.dtype, torch.float32)
-    total = torch.zeros(p * d, dtype=wide, device=a.device)
-    G = directions.reshape(-1, p * d).t().to(wide)  # [p·d, targets]
-    products = torch.empty(batch, G.shape[1], dtype=wide, device=a.device)
+    G = directions.reshape(-1, p * d).to(wide)  # [targets, p·d]
     block = min(batch, COST.samples_per_block(p, d, a.element_size(), a.device.type))
+    if block == 1 and wide == a.dtype:
+        return _cache_by_cache(a, b, G)
+    total = torch.zeros(p * d, dtype=wide, device=a.device)
+    products = torch.empty(batch, G.shape[0], dtype=wide, device=a.device)
     room = torch.empty(block, p, d, dtype=a.dtype, device=a.device)
     for start in range(0, batch, block):  # a few iterations: one per cache-full of gradients
         stop = min(start + block, batch)
         g = torch.bmm(b[start:stop].transpose(1, 2), a[start:stop], out=room[: stop - start])
         flat = g.view(stop - start, -1).to(wide)
-        total += flat[0] if stop - start == 1 else flat.sum(0)
-        torch.mm(flat, G, out=products[start:stop])
+        total += flat.sum(0)
+        torch.mm(flat, G.t(), out=products[start:stop])
     return total.view(p, d).to(a.dtype), products.t()
+
+
+def _cache_by_cache(a: Tensor, b: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """`_batched` where one sample's gradient fills the cache: each is summed and dotted before the next is formed.
+
+    The library's matrix-vector and inner products are faster here than a product of thin matrices
+    (benchmarks/contractions.py).
+    """
+    total = b.new_empty(b.shape[2], a.shape[2])
+    room = torch.empty_like(total)
+    products = []
+    for i in range(a.shape[0]):
+        g = torch.mm(b[i].t(), a[i], out=room if i else total).view(-1)
+        products.append(torch.dot(G[0], g) if len(G) == 1 else torch.mv(G, g))
+        if i:
+            total.view(-1).add_(g)
+    return total, torch.stack(products).view(a.shape[0], -1).t()

@@ -194,7 +194,7 @@ def test_half_precision(name: str, optimizer: str, mode: str) -> None:
     )
     run.close()
     targets = {"held_out": Target([widened(held_out)], loss)}
-    expected = values(snapshots, loss, targets, clip=CLIP, tolerance=0.1)["held_out"]
+    expected = values(snapshots, loss, targets, clip=CLIP, tolerance=0.5)["held_out"]
     assert relative_error(recorded(run.ledger), expected) <= 0.05
 
 

@@ -235,6 +235,7 @@ ODD = (
     Case("temperature", models.Temperature, _tagged(5), PER_TOKEN),
     Case("class_token", models.ClassToken, _tagged(5), PER_TOKEN),
     Case("checkpointed", models.Checkpointed, _tagged(5), PER_TOKEN),
+    Case("custom_function", models.WithCube, _classified((FEATURES,)), PER_SAMPLE),
     Case("routed", models.Routed, _tagged(5), PER_TOKEN),
 )
 """One trap each."""

@@ -1,5 +1,6 @@
 """Values against one backward pass per sample, dense gradients and the optimizers' formulas by hand."""
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from reference import CASES, Case, Snapshot, Target, plan, snapshot, train, values, widened
-from reference.cases import ODD, OWN, TABLE
+from reference.cases import ODD, OWN, TABLE, Batch
 from reference.compare import (
     check,
     one_target,
@@ -20,7 +21,8 @@ from reference.compare import (
 )
 from reference.dense import Step
 from reference.settings import CLIP, MAIN, OPTIMIZERS
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 import assay
@@ -267,3 +269,44 @@ def test_every_contraction(
     loss = list(case.losses.values())[-1]
     targets = {f"target {n}": Target([case.batch(n + 1, seed=30 + n)], loss) for n in range(2)}
     check(case, loss, OPTIMIZERS[optimizer], plan(case, sizes=(4, 3)), targets, CLIP, strict=strict)
+
+
+def test_batch_norm() -> None:
+    """A sample's part is what flows through *its* use of the weights, where batch statistics mix the samples too.
+
+    The reference gives every sample a copy of the weights and takes the gradients of the copies.
+    """
+    case = CASES["mlp"]
+    model = nn.Sequential(nn.Linear(7, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+    nn.init.normal_(model.get_parameter("1.weight"))
+    batch, held_out = case.batch(6, seed=1), case.batch(3, seed=7)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+    model.eval()
+    direction = torch.autograd.grad(loss(model, held_out), list(model.parameters()))
+    model.train()
+    copies = [p.detach().expand(6, *p.shape).clone().requires_grad_() for p in model.parameters()]
+    W1, b1, gain, shift, W2, b2 = copies
+    h = torch.einsum("bi,boi->bo", batch["x"], W1) + b1
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt() * gain + shift
+    logits = torch.einsum("bi,boi->bo", torch.tanh(h), W2) + b2
+    parts = torch.autograd.grad(F.cross_entropy(logits, batch["labels"]), copies)
+    expected = sum(
+        (
+            0.1 * torch.einsum("bi,i->b", g.flatten(1), d.flatten())
+            for g, d in zip(parts, direction, strict=True)
+        ),
+        start=torch.zeros(6, dtype=torch.float64),
+    )
+
+    opt = SGD(model.parameters(), lr=0.1)
+    run = assay.Run(model, opt, methods=[assay.InRunShapley({"held_out": assay.Target([held_out], loss)})])
+    with run.step(range(6)):
+        loss(model, batch).backward()
+    opt.step()
+    run.close()
+    torch.testing.assert_close(
+        torch.tensor([v for _, v in recorded(run.ledger)[0]], dtype=torch.float64), expected
+    )

@@ -66,7 +66,7 @@ def write(ledger: Ledger, path: str | Path | None = None, title: str | None = No
 
 def _destination(ledger: Ledger, path: str | Path | None) -> Path:
     if path is None:
-        path = getattr(ledger, "path", None) or Path()
+        path = ledger.path or Path()
     path = Path(path).expanduser()
     out = path / "report.html" if path.is_dir() else path
     if not out.parent.is_dir():

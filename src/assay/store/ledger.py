@@ -26,6 +26,10 @@ class Source(Protocol):
     def header(self) -> Header:
         """Targets and info."""
 
+    @property
+    def path(self) -> Path | None:
+        """The run folder; None in memory."""
+
     def values(self) -> pl.LazyFrame:
         """Columns of `schema.values_schema`."""
 
@@ -108,6 +112,11 @@ class Ledger:
     def info(self) -> dict[str, Any]:
         """The JSON object that the run's writer left, a copy."""
         return copy.deepcopy(self._source.header.info)
+
+    @property
+    def path(self) -> Path | None:
+        """The run folder, None for a run in memory."""
+        return self._source.path
 
     @property
     def tables(self) -> list[str]:

@@ -39,7 +39,7 @@ class Recording:
 
     def __init__(self, out: Path | None, header: Header) -> None:
         self.header = self._written_header = header
-        self._out = out
+        self.path = out
         if out is not None:
             _create(out, header)
         self._values = PartTable[ValuesEntry](self._folder("values"), self._build_values)
@@ -84,15 +84,15 @@ class Recording:
         self.flush_header()  # first, since it says of which kind the ids of the parts are
         for table in self._tables.values():
             table.flush()
-        if self._out is not None:
+        if self.path is not None:
             for name, side in self._side.items():
-                side.write(self._out / TABLES, name)
+                side.write(self.path / TABLES, name)
 
     def flush_header(self) -> None:
         """Write `run.json` if it changed."""
         header = self.header
-        if self._out is not None and header != self._written_header:
-            header.write(self._out)
+        if self.path is not None and header != self._written_header:
+            header.write(self.path)
         self._written_header = header
 
     def values(self) -> pl.LazyFrame:
@@ -119,7 +119,7 @@ class Recording:
                     verify_frame(part)
 
     def _folder(self, table: str) -> Path | None:
-        return None if self._out is None else self._out / table
+        return None if self.path is None else self.path / table
 
     def _build_values(self, entries: list[ValuesEntry]) -> pl.DataFrame:
         steps, micros, ids, values = zip(*entries, strict=True)

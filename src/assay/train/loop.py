@@ -137,6 +137,7 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
         interrupted = True
     finally:
         seconds = time.perf_counter() - start
+        run.writer.update_info({"summary": _summary(steps, seconds, meter)})
         run.close()
     save_model(setup.model, setup.tokenizer, config.out / "model")
     return Result(
@@ -262,6 +263,16 @@ def _steps(
         run.log({"loss": loss, "gradient_norm": float(norm), "tokens_per_second": speed})
         report(Progress(step + 1, setup.steps, loss, rate, meter.overhead))
         yield step + 1
+
+
+def _summary(steps: int, seconds: float, meter: OverheadMeter) -> dict[str, Any]:
+    """What the run took, for the report."""
+    return {
+        "optimizer steps": steps,
+        "seconds": round(seconds, 1),
+        "overhead of assay over a plain step": None if meter.overhead is None else round(meter.overhead, 3),
+        "steps that were compared with a plain one": len(meter.ratios),
+    }
 
 
 def _describe(setup: _Setup) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from assay.capture import Capture, Weights, contract
+from assay.capture import Capture, Coverage, Weights, contract
+from assay.capture.check import check_capture
+from assay.capture.fallback import Boundary
 
 TARGETS = 2
 
@@ -69,16 +71,17 @@ def reference(
     return chosen, seeds, gradients
 
 
-def compare(
-    model: Module, inputs: Mapping[str, Any], batch: int = 3, *, strict: bool = False, refused: Any = None
-) -> Outcome:
-    """Run the capture on the model, and measure how far it is from autograd on single samples."""
+def compare(model: Module, inputs: Mapping[str, Any], batch: int = 3, *, strict: bool = False) -> Outcome:
+    """Run the capture on the model as a run does, and measure how far it is from autograd on single samples.
+
+    The model is first put to the start-up check, which leaves what no rule covers to a fallback.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     params = [p for _, p in named]
     weights = Weights(named, {p: k for k, p in enumerate(params)}, model.buffers())
+    chosen, seeds, gradients = reference(model, inputs, batch, params)
     generator = torch.Generator().manual_seed(3)
     directions = {p: torch.randn(TARGETS, *p.shape, generator=generator, dtype=p.dtype) for p in params}
-    chosen, seeds, gradients = reference(model, inputs, batch, params)
     truth = torch.stack(
         [
             torch.stack([directions[p].reshape(TARGETS, -1) @ g.flatten() for g in per_param], 1)
@@ -88,23 +91,32 @@ def compare(
     size = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in zip(*gradients, strict=True)])
     size = size + 1e-6 * size.max()
 
-    def run(**options: Any) -> tuple[Capture, list[Tensor]]:
-        model.zero_grad()
-        capture = Capture(weights, batch, directions, strict=strict, refused=refused, **options)
-        with capture:
-            outputs = per_sample_outputs(model(**inputs), batch)
-            sum((outputs[k] * seed).sum() for k, seed in zip(chosen, seeds, strict=True)).backward()  # type: ignore[union-attr]
-        return capture, [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    coverage = Coverage(weights.names)
+    check_capture(model, (), inputs, weights, batch, coverage)
 
-    capture, grads = run()
-    scores = capture.probe.grad if capture.probe.grad is not None else torch.zeros_like(capture.probe)
+    def run(**options: Any) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        capture = Capture(weights, batch, directions, strict=strict, coverage=coverage, **options)
+        with Boundary(model, weights, capture) as boundary, capture:
+            outputs = per_sample_outputs(model(**inputs), batch)
+            loss = sum((outputs[k] * seed).sum() for k, seed in zip(chosen, seeds, strict=True))
+            assert isinstance(loss, Tensor)
+            loss.backward()
+        with torch.no_grad():
+            scores = boundary.finish()
+            assert scores is not None
+            if capture.keep:
+                scores = scores + contract(capture.kept, directions, scores)
+        return scores, [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+    scores, grads = run()
     total = torch.stack(
         [directions[p].reshape(TARGETS, -1) @ g.flatten() for p, g in zip(params, grads, strict=True)]
     )
     errors = (scores - truth).abs().amax((1, 2)) / size
     sums = (scores.sum(2) - total).abs().amax(1) / size
     later, _ = run(keep=params)
-    deferred = (contract(later.kept, directions, later.probe) - truth).abs().amax((1, 2)) / size
+    deferred = (later - truth).abs().amax((1, 2)) / size
     worst = errors.nan_to_num(float("inf")).argmax()
-    status = dict(capture.coverage.frame().select("parameter", "status").iter_rows())
+    status = dict(coverage.frame().select("parameter", "status").iter_rows())
     return Outcome(float(errors.max()), float(sums.max()), float(deferred.max()), named[worst][0], status)

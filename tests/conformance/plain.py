@@ -95,6 +95,10 @@ def lstm_language_model() -> Made:
 
 @plain
 def lstm_bidirectional_with_projection() -> Made:
+    def body(m: Any, x: Tensor) -> Tensor:
+        out, (h, _) = m.lstm(x.transpose(0, 1))
+        return out.transpose(0, 1) + h.sum(0)[:, None].repeat(1, 1, 2)
+
     lstm = nn.LSTM(6, 7, 2, bidirectional=True, proj_size=4)
     return Fed(
         lambda m, x: (
@@ -201,7 +205,8 @@ def diffusion_unet_with_time() -> Made:
         return m.up(F.silu(h))
 
     return Fed(
-        body, down=nn.Conv2d(3, 8, 3, 2, 1), norm=nn.GroupNorm(4, 8), attention=nn.MultiheadAttention(8, 2, batch_first=True),
+        body, down=nn.Conv2d(3, 8, 3, 2, 1), norm=nn.GroupNorm(4, 8),
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
         time=nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 16)), up=nn.ConvTranspose2d(8, 3, 4, 2, 1),
     ), {**images(), "t": torch.tensor([1, 50, 7])}  # fmt: skip
 
@@ -215,19 +220,18 @@ def multihead_attention() -> Made:
 
     return Fed(
         body, own=nn.MultiheadAttention(6, 2, add_bias_kv=True), cross=nn.MultiheadAttention(6, 3, kdim=4, vdim=4),
-    ), {**sequences(), "y": torch.randn(BATCH, 7, 4), "mask": torch.tensor([[0, 0, 0, 1, 1], [0] * 5, [0] * 5]).bool()}  # fmt: skip
+    ), {**sequences(), "y": torch.randn(BATCH, 7, 4),
+        "mask": torch.tensor([[0, 0, 0, 1, 1], [0] * 5, [0] * 5]).bool()}  # fmt: skip
 
 
 @plain
 def transformer_encoder() -> Made:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
-    body = lambda m, x: m.head(
-        m.encoder(
-            m.table(x) + m.place,
-            mask=nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64),
-            is_causal=True,
-        )
-    )  # noqa: E731, E501
+    mask = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.encoder(m.table(x) + m.place, mask=mask, is_causal=True))
+
     encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False)
     return Fed(
         body,
@@ -240,9 +244,11 @@ def transformer_encoder() -> Made:
 
 @plain
 def transformer_encoder_decoder() -> Made:
-    model = nn.Transformer(8, 2, 1, 2, 16, dropout=0.0)
-    return Fed(lambda m, x, y: m.net(m.up(x).transpose(0, 1), m.up(y).transpose(0, 1)).transpose(0, 1), net=model, up=nn.Linear(6, 8)), {
-        **sequences(), "y": torch.randn(BATCH, 4, 6)}  # fmt: skip
+    model = nn.Transformer(8, 2, 1, 2, 16, dropout=0.0, batch_first=True)
+    return Fed(lambda m, x, y: m.net(m.up(x), m.up(y)), net=model, up=nn.Linear(6, 8)), {
+        **sequences(),
+        "y": torch.randn(BATCH, 4, 6),
+    }
 
 
 @plain
@@ -357,7 +363,8 @@ def vision_transformer() -> Made:
         return m.head(x[:, 0])
 
     return Fed(
-        body, patches=nn.Conv2d(3, 8, 4, 4), cls=nn.Parameter(torch.randn(1, 1, 8)), registers=nn.Parameter(torch.randn(2, 8)),
+        body, patches=nn.Conv2d(3, 8, 4, 4), cls=nn.Parameter(torch.randn(1, 1, 8)),
+        registers=nn.Parameter(torch.randn(2, 8)),
         place=nn.Parameter(torch.randn(1, 12, 8)), gamma=nn.Parameter(torch.randn(8)), norm=nn.LayerNorm(8),
         block=nn.Linear(8, 8), head=nn.Linear(8, 3),
     ), images()  # fmt: skip
@@ -375,7 +382,8 @@ def state_space_scan() -> Made:
         return torch.stack(outputs, dim=1) + m.skip * x
 
     return Fed(
-        body, log_decay=nn.Parameter(torch.randn(6, 4)), b=nn.Parameter(torch.randn(4)), c=nn.Parameter(torch.randn(6, 4)),
+        body, log_decay=nn.Parameter(torch.randn(6, 4)), b=nn.Parameter(torch.randn(4)),
+        c=nn.Parameter(torch.randn(6, 4)),
         skip=nn.Parameter(torch.randn(6)),
     ), sequences()  # fmt: skip
 

@@ -18,20 +18,22 @@ if TYPE_CHECKING:
 __all__ = ["RULES", "Call", "Rule", "rule", "writes_in_place"]
 
 
-def writes_in_place(name: str) -> bool:
-    """Whether a function of this name writes its result into its first operand."""
-    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+def writes_in_place(
+    func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether a call writes its result into its first operand: by its name, or by an argument `inplace`."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    code = getattr(func, "__code__", None)
+    if code is not None and "inplace" in code.co_varnames:
+        position = code.co_varnames.index("inplace")
+        return bool((kwargs or {}).get("inplace", args[position] if len(args) > position else False))
+    return name in _IN_PLACE
 
 
-_IN_PLACE = frozenset(
-    {
-        "__setitem__",
-        *(
-            f"__i{op}__"
-            for op in ["add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor"]
-        ),
-    }
-)
+_OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
+_IN_PLACE = frozenset({"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)})
 
 
 @dataclass(frozen=True)

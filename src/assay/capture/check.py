@@ -118,12 +118,12 @@ class _Comparison:
             assert scores is not None
             seen = scores[:, 0]  # [groups, B]
             reason = "its per-sample gradients do not add up to .grad (a use of it was not seen)"
-            wrong = {p: reason for p in _wrong(alike, seen.sum(1), found[:-1], directions)}
+            wrong = dict.fromkeys(_wrong(alike, seen.sum(1), found[:-1], directions), reason)
             for i, one in alone.items():
                 seeds_i = [seed[i : i + 1] for seed in seeds]
                 truth = _gradients([one[k] for k in same], seeds_i, weights.params)
                 reason = f"sample {i} alone gives other gradients than in its batch"
-                wrong |= {p: reason for p in _wrong(alike, seen[:, i], truth, directions)}
+                wrong |= dict.fromkeys(_wrong(alike, seen[:, i], truth, directions), reason)
         return {**wrong, **refused}
 
     def _forward(self, rows: slice) -> list[Tensor]:

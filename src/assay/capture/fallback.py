@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from assay.capture.layout import Layout
-from assay.capture.marks import Data, Directions, Weight
+from assay.capture.marks import Data, Directions, Weight, load_forward_mode
 from assay.errors import CoverageError
 
 if TYPE_CHECKING:
@@ -108,9 +108,11 @@ class Boundary:
         )
         with self._unseen():
             buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-            inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
+            args, kwargs = tree_map(
+                lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs))
+            )
         modes = [module.training for module in model.modules()]
-        self._open.append(_Pass(*inputs, torch.get_rng_state(), cuda, autocast, buffers, modes))
+        self._open.append(_Pass(args, kwargs, torch.get_rng_state(), cuda, autocast, buffers, modes))
 
     def _after(self, model: Module, args: Any, kwargs: Any, out: Any) -> Any:
         record = self._open.pop() if self._open else None
@@ -221,9 +223,9 @@ class Boundary:
         names = [self.weights.names[p] for p in self.weights.uncovered]
         why = next(iter(self.weights.uncovered.values()))
         return CoverageError(
-            f"parameters {', '.join(names[:5])}{' …' if len(names) > 5 else ''} have a use that no rule follows ({why}), "
-            f"and the fallback cannot measure them: {reason}. Pass exclude=[...] with these names to leave them out of "
-            "the scores (they are then partial), or rewrite the operation."
+            f"parameters {', '.join(names[:5])}{' …' if len(names) > 5 else ''} have a use that no rule follows "
+            f"({why}), and the fallback cannot measure them: {reason}. Pass exclude=[...] with these names to leave "
+            "them out of the scores (they are then partial), or rewrite the operation."
         )
 
     @contextlib.contextmanager
@@ -250,7 +252,7 @@ class Boundary:
                     module.training = mode
 
     def run(self, record: _Pass, values: Mapping[Parameter, Tensor], inputs: Any) -> list[Any]:
-        """The outputs of a pass that had a gradient, with these parameter values, from copies of the buffers as they were."""
+        """The outputs that had a gradient, with these parameter values, from copies of the buffers as they were."""
         replaced = {self.weights.names[p]: value for p, value in values.items()}
         buffers = {name: b.clone() for name, b in record.buffers.items()}
         out = functional_call(self.model, {**replaced, **buffers}, *inputs)
@@ -262,15 +264,11 @@ class Boundary:
         total = torch.zeros(
             self.capture.batch, dtype=self.capture.probe.dtype, device=self.capture.probe.device
         )
+        load_forward_mode()
         for record in self.passes:
             with self._again(record), torch.no_grad(), forward_ad.dual_level():
-                duals = {
-                    p: forward_ad.make_dual(p.detach(), G.to(p.dtype))
-                    for p, G in zip(params, directions, strict=True)
-                }
-                found = [
-                    forward_ad.unpack_dual(x) for x in self.run(record, duals, (record.args, record.kwargs))
-                ]
+                duals = {p: _dual(p, G) for p, G in zip(params, directions, strict=True)}
+                found = [_parts(x) for x in self.run(record, duals, (record.args, record.kwargs))]
             self._compare(record, [pair.primal for pair in found])
             for k, gradient in record.gradients.items():
                 tangent = found[k].tangent
@@ -341,7 +339,7 @@ class _Outside:
         return scores
 
     def _split(self, G: Tensor) -> list[Tensor]:
-        parts = G.split([p.numel() for p in self.params])
+        parts = G.split([p.numel() for p in self.params])  # type: ignore[no-untyped-call]
         return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
 
@@ -368,6 +366,14 @@ def _receiver(record: _Pass, output: int, through: Mapping[int, Tensor] | None) 
                 record.came_back(k, part * gradient)
 
     return receive
+
+
+def _dual(param: Parameter, direction: Tensor) -> Any:
+    return forward_ad.make_dual(param.detach(), direction.to(param.dtype))  # type: ignore[no-untyped-call]
+
+
+def _parts(x: Tensor) -> Any:
+    return forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
 
 
 def _rows(x: Any, i: int, batch: int) -> Any:

@@ -122,6 +122,8 @@ class Layout:
 
     def per_sample_sum(self, x: Tensor, keep: int = 0) -> Tensor:
         """`[B, *last keep dimensions]`: the sum of a sample's entries of `x`."""
+        if not x.numel():
+            return x.new_zeros(self.batch, *x.shape[x.dim() - keep :])
         if self.labels is None:
             if self.dim == 0 and self.inner * self.batch == x.shape[0]:
                 x = x.reshape(self.batch, -1, *x.shape[x.dim() - keep :])

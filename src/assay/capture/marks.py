@@ -133,7 +133,7 @@ def directional_derivative(
     primals = [
         x.contiguous() if i in tangents and 0 in x.stride() else x for i, x in enumerate(primals)
     ]  # expanded
-    _load_forward_mode()
+    load_forward_mode()
     try:
         with torch.no_grad(), forward_ad.dual_level():
             duals = [
@@ -149,7 +149,7 @@ def directional_derivative(
 
 
 @lru_cache(maxsize=1)
-def _load_forward_mode() -> None:
+def load_forward_mode() -> None:
     """What torch loads at the first forward-mode derivative, without the deprecation warning of its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

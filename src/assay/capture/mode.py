@@ -149,7 +149,7 @@ class Capture(TorchFunctionMode):
             if any(isinstance(mark, Data) for mark in marks):
                 return self._use(func, args, kwargs)
         name = _name(func)
-        in_place = writes_in_place(name) and bool(tensors)
+        in_place = writes_in_place(func, args, kwargs) and bool(tensors)
         if in_place and any(isinstance(mark, Weight) for mark in marks):
             tensors = [
                 tensors[0].detach().clone(),
@@ -227,7 +227,7 @@ class Capture(TorchFunctionMode):
             return CONSTANT
         _, rebuild = operands(args, kwargs)
 
-        in_place = writes_in_place(_name(func))
+        in_place = writes_in_place(func, args, kwargs)
 
         def again(*values: Tensor) -> Tensor:
             first = values[0].clone() if in_place else values[0]

@@ -7,10 +7,12 @@ long as the rows of its output belong to known samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.capture.call import Call
 from assay.capture.factors import Directional
@@ -41,7 +43,8 @@ def general_rule(call: Call) -> Any:
     def apply(*values: Tensor) -> Any:
         first = values[0].clone() if call.in_place else values[0]
         args, kwargs = rebuild([first, *values[1:]])
-        result = call.func(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH) if call.name == "scaled_dot_product_attention" else nullcontext():
+            result = call.func(*args, **kwargs)  # the fused kernels of attention have no forward-mode formula
         return first if call.in_place else result
 
     def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Directional]]:

@@ -67,14 +67,11 @@ _CELLS: dict[str, Cell] = {
 def recurrent_cell(call: Call) -> Any:
     """`lstm_cell(x [B, d], (h, c), w_ih, w_hh, b_ih, b_hh)` and its kin with one state."""
     x, state, *weights = call.args
+    state = tuple(state) if call.name == "lstm_cell" else (state,)
     cell = _CELLS[call.name.removesuffix("_cell")]
     with call.capture:
         owned = _Weights(*weights)
-        state = cell(
-            F.linear(x, owned.w_ih, owned.b_ih),
-            state if isinstance(state, (tuple, list)) else (state,),
-            owned,
-        )
+        state = cell(F.linear(x, owned.w_ih, owned.b_ih), state, owned)
     return state if call.name == "lstm_cell" else state[0]
 
 
@@ -113,7 +110,7 @@ def recurrent(call: Call) -> Any:
             steps = found[0] if len(found) == 1 else [torch.cat(pair, 1) for pair in zip(*found, strict=True)]
             if dropout and training and layer < layers - 1:
                 sizes_of = [len(step) for step in steps]
-                steps = list(F.dropout(torch.cat(steps), dropout, True).split(sizes_of))
+                steps = list(F.dropout(torch.cat(steps), dropout, True).split(sizes_of))  # type: ignore[no-untyped-call]
         out = torch.cat(steps) if packed else torch.stack(steps, 1 if batch_first else 0)
         final = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
     return (out, *final)
@@ -133,7 +130,7 @@ def _direction(
 ) -> tuple[list[Tensor], State]:
     """One layer in one direction over steps `[B_t, d]`, whose batch shrinks where sequences have ended (packed)."""
     counts = [len(step) for step in steps]
-    projected = F.linear(torch.cat(steps), weights.w_ih, weights.b_ih).split(counts)
+    projected = F.linear(torch.cat(steps), weights.w_ih, weights.b_ih).split(counts)  # type: ignore[no-untyped-call]
     outputs: list[Tensor] = [begin[0]] * len(steps)
     order = range(len(steps) - 1, -1, -1) if reverse else range(len(steps))
     state, ended = tuple(s[: counts[order[0]]] for s in begin), []

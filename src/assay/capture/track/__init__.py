@@ -97,6 +97,9 @@ def _write(
     layout = next((layout for tensor, layout in data if tensor is into), None)
     if value is not None and source is None and value.requires_grad:
         return None
+    if layout is None and source is None:  # a number written where an index of the samples says
+        alike = [(i, where) for i, where in data if i is not into and where and i.dim() == into.dim()]
+        return next((where for i, where in alike if i.shape[where.dim] == into.shape[where.dim]), None)
     found = written(name, into, layout, value, source, args, kwargs)
     return found if found is None or found.dim < out.dim() else None
 
@@ -134,7 +137,7 @@ def _reduced(name: str, layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, o
 
 
 # functions whose result has the operand's dimensions first and new ones behind them
-_APPENDS = frozenset({"embedding", "one_hot", "diag_embed"})
+_APPENDS = frozenset({"embedding", "one_hot", "diag_embed", "view_as_real"})
 # functions that write rows into their first operand
 _WRITES = ("__setitem__", "index_add", "index_copy", "scatter")
 # functions whose second argument is not the dimension

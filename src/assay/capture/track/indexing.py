@@ -147,8 +147,7 @@ def _masked_select(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: T
     mask = kwargs.get("mask", args[-1])
     shape = [-1 if d == layout.dim else 1 for d in range(x.dim())]
     labels = layout.row_labels(x.shape[layout.dim], x.device).view(shape)
-    values, mask = torch.broadcast_tensors(labels, mask)
-    return layout.labelled(0, values.expand(x.shape)[mask.expand(x.shape)])
+    return layout.labelled(0, labels.expand(x.shape)[mask.expand(x.shape)])
 
 
 def _nonzero(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:

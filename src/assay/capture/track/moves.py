@@ -122,8 +122,20 @@ def _diagonal(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor
     return None if layout.dim in dims else layout.at(layout.dim - sum(d < layout.dim for d in dims))
 
 
+def _view_as_complex(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
+    return layout if layout.dim < out.dim() else None
+
+
+def _as_strided(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
+    """Known where the first dimension is left as it is and no row reaches into the next."""
+    if layout.dim or not out.dim() or (out.shape[0], out.stride(0)) != (x.shape[0], x.stride(0)):
+        return None
+    reach = sum((size - 1) * stride for size, stride in zip(out.shape[1:], out.stride()[1:], strict=True))
+    return layout if reach < out.stride(0) and out.storage_offset() == x.storage_offset() else None
+
+
 def _pack(layout: Layout, x: Tensor, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
-    """`_pack_padded_sequence(x, lengths, batch_first)`: step by step, the rows of the sequences that are still running."""
+    """`_pack_padded_sequence(x, lengths, batch_first)`: step by step, the rows of the sequences still running."""
     batch_dim = 0 if kwargs.get("batch_first", args[2] if len(args) > 2 else False) else 1
     lengths = kwargs.get("lengths", args[1] if len(args) > 1 else None)
     if layout.dim != batch_dim or lengths is None or out.dim() == 1:
@@ -159,5 +171,7 @@ MOVES: dict[str, Move] = {
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
     "unfold": _unfold,
+    "view_as_complex": _view_as_complex,
+    "as_strided": _as_strided,
     "diagonal": _diagonal,
 }

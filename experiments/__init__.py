@@ -1,0 +1,1 @@
+"""Commands that measure assay and keep what they found as JSON."""

@@ -1,0 +1,146 @@
+"""How rows are written: number types, the scales of int8, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from assay.errors import InputError, StoreError
+from assay.rows.folder import Folder
+
+__all__ = ["DTYPES", "Manifest", "RowDtype", "decode", "encode", "int8_scales", "read_manifest"]
+
+RowDtype = Literal["bf16", "fp16", "fp32", "fp64", "int8"]
+DTYPES: dict[RowDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "int8": torch.int8,
+}
+ZARR = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "int8": "int8"}
+
+NAME = "manifest.json"
+FORMAT = "assay rows"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What of a row store is committed.
+
+    Args:
+        width: entries of a row.
+        dtype: how they are stored.
+        blocks: `(start, stop)` of the parts of a row that have a scale of their own (int8).
+        shard: rows of a shard, which is a commit.
+        chunk: rows of a chunk, the smallest piece that is read.
+        rows: rows that are committed.
+        complete: whether the writer was closed.
+    """
+
+    width: int
+    dtype: RowDtype
+    blocks: tuple[tuple[int, int], ...]
+    shard: int
+    chunk: int
+    rows: int = 0
+    complete: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Number of commits."""
+        return -(-self.rows // self.shard)
+
+    def write(self, folder: Folder) -> None:
+        """Commit."""
+        folder.write_json(NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """What is committed in a folder; None if nothing ever was.
+
+    Raises:
+        StoreError: the manifest is damaged or newer than this version of assay.
+    """
+    found = folder.read_json(NAME)
+    if found is None:
+        return None
+    if found.pop("format", None) != FORMAT:
+        raise folder.damaged(NAME, f"no format {FORMAT!r}")
+    version = found.pop("version", None)
+    if isinstance(version, int) and version > VERSION:
+        raise StoreError(
+            f"{folder.place} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
+        )
+    try:
+        found["blocks"] = tuple((int(a), int(b)) for a, b in found["blocks"])
+        manifest = Manifest(**{f.name: found[f.name] for f in fields(Manifest)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise folder.damaged(NAME, f"bad field: {error}") from error
+    if manifest.dtype not in get_args(RowDtype):
+        raise folder.damaged(NAME, "bad field: dtype")
+    return manifest
+
+
+def int8_scales(rows: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """`[B, blocks]` float32: the largest absolute entry of each block of a row, over 127."""
+    return torch.stack([rows[:, a:b].abs().amax(1) for a, b in blocks], 1).float() / 127
+
+
+def encode(rows: Tensor, dtype: RowDtype, blocks: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """Rows `[B, width]` as stored, and the scales of int8.
+
+    Raises:
+        InputError: an entry is not finite, or too large for the type.
+    """
+    if not bool(torch.isfinite(rows).all()):
+        at = int((~torch.isfinite(rows).all(1)).nonzero()[0])
+        raise InputError(
+            f"the gradient of example {at} of the batch is not finite: look at its loss, or drop it."
+        )
+    if dtype != "int8":
+        stored = rows.to(DTYPES[dtype])
+        if not bool(torch.isfinite(stored).all()):
+            raise InputError(f"a gradient is too large for rows of {dtype!r}: use dtype='bf16' or 'fp32'.")
+        return stored, None
+    scales = int8_scales(rows, blocks)
+    stored = torch.empty(rows.shape, dtype=torch.int8)
+    for (a, b), scale in zip(blocks, scales.t(), strict=True):
+        step = torch.where(scale > 0, scale, 1)[:, None].to(rows.dtype)
+        stored[:, a:b] = (rows[:, a:b] / step).round().clamp(-127, 127).to(torch.int8)
+    return stored, scales
+
+
+def decode(stored: Tensor, scales: Tensor | None, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """`[B, width]` rows to compute with: float64 if they are stored so, else float32."""
+    if stored.dtype == torch.float64:
+        return stored
+    rows = stored.float()
+    if scales is not None:
+        for (a, b), scale in zip(blocks, scales.t(), strict=True):
+            rows[:, a:b] *= scale[:, None]
+    return rows
+
+
+def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """The same bytes as a NumPy array; bfloat16 by the type that TensorStore knows."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes  # what tensorstore itself depends on
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def to_torch(array: npt.NDArray[Any]) -> Tensor:
+    """The same bytes as a tensor."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))

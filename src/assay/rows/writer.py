@@ -1,0 +1,175 @@
+"""Writing rows, one committed shard after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from assay.errors import InputError, StoreError
+from assay.rows.folder import Folder
+from assay.rows.format import DTYPES, ZARR, Manifest, RowDtype, encode, read_manifest, to_numpy
+from assay.rows.table import delete_parts_from, write_part
+
+__all__ = ["RowWriter"]
+
+CHUNK_BYTES = 1 << 20
+CHUNKS_PER_SHARD = 32
+
+
+class RowWriter:
+    """Appends rows to a store; goes on where a killed writer of the same settings had its last commit.
+
+    Args:
+        folder: where the store is, or will be.
+        width: entries of a row.
+        dtype: "bf16", "fp16", "fp32", "fp64", or "int8" with one scale per row and block.
+        blocks: `(start, stop)` of the parts of a row with a scale of their own; by default the whole row.
+        shard: rows of one commit; by default about 32 MiB.
+
+    Attributes:
+        rows: rows that are committed; the next to be appended follows them.
+
+    Raises:
+        StoreError: the store is complete, was begun with other settings, or cannot be written.
+
+    Example:
+        >>> folder = Folder(None)
+        >>> writer = RowWriter(folder, width=2, dtype="fp32", shard=2)
+        >>> writer.append(pl.DataFrame({"id": ["a", "b", "c"]}), torch.arange(6.0).view(3, 2))
+        >>> writer.rows  # one shard is whole, one row waits
+        2
+        >>> writer.close()
+        >>> from assay.rows import RowReader
+        >>> RowReader(folder).read(1, 3)
+        tensor([[2., 3.],
+                [4., 5.]])
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        width: int,
+        dtype: RowDtype = "bf16",
+        blocks: Sequence[tuple[int, int]] | None = None,
+        shard: int | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"dtype={dtype!r} is not known; choose one of {', '.join(map(repr, DTYPES))}.")
+        chunk = max(1, CHUNK_BYTES // (width * DTYPES[dtype].itemsize))
+        shard = chunk * CHUNKS_PER_SHARD if shard is None else shard
+        wanted = Manifest(width, dtype, tuple(blocks or [(0, width)]), shard, _divisor(shard, chunk))
+        found = read_manifest(folder)
+        self._folder = folder
+        if found is None:
+            self._create(wanted)
+            self.manifest = wanted
+            wanted.write(folder)
+        else:
+            if found.complete:
+                raise StoreError(f"{folder.place} is complete and takes no more rows: name another out=")
+            if replace(found, rows=0) != wanted:
+                raise StoreError(
+                    f"{folder.place} was begun with other settings (width, dtype or layers): name another out=, or "
+                    "delete it"
+                )
+            self.manifest = found
+            delete_parts_from(folder, found.parts)
+        self._data = folder.open_array("data")
+        self._scales = folder.open_array("scales") if dtype == "int8" else None
+        self._waiting: list[tuple[pl.DataFrame, Tensor, Tensor | None]] = []
+        self._number_waiting = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that are committed."""
+        return self.manifest.rows
+
+    def append(self, table: pl.DataFrame, rows: Tensor) -> None:
+        """Take rows; those that make a shard whole are committed with it.
+
+        Args:
+            table: one line per row, with a column `id`; the same columns at every call.
+            rows: `[B, width]`.
+
+        Raises:
+            InputError: rows that are not finite or do not fit the type, or another number of them; none is taken.
+            StoreError: the disk refuses; everything taken is kept and offered again at the next call.
+        """
+        if rows.shape != (len(table), self.manifest.width):
+            raise InputError(
+                f"rows of shape {list(rows.shape)} for {len(table)} ids: give [{len(table)}, {self.manifest.width}]."
+            )
+        stored, scales = encode(rows.detach().cpu(), self.manifest.dtype, self.manifest.blocks)
+        self._waiting.append((table, stored, scales))
+        self._number_waiting += len(table)
+        while self._number_waiting >= self.manifest.shard:
+            self._commit(self.manifest.shard)
+
+    def close(self) -> None:
+        """Commit what waits and mark the store as complete.
+
+        Raises:
+            StoreError: the disk refuses; close again once it does not.
+        """
+        if self.manifest.complete:
+            return
+        if self._number_waiting:
+            self._commit(self._number_waiting)
+        resized(self._folder, "data", self._data, [self.rows, self.manifest.width])
+        if self._scales is not None:
+            resized(self._folder, "scales", self._scales, [self.rows, len(self.manifest.blocks)])
+        done = replace(self.manifest, complete=True)
+        done.write(self._folder)
+        self.manifest = done
+
+    def _create(self, manifest: Manifest) -> None:
+        width, blocks = manifest.width, len(manifest.blocks)
+        shard, chunk = manifest.shard, manifest.chunk
+        self._folder.create_array("data", [0, width], ZARR[manifest.dtype], [shard, width], [chunk, width])
+        if manifest.dtype == "int8":
+            self._folder.create_array("scales", [0, blocks], "float32", [shard, blocks], [chunk, blocks])
+
+    def _commit(self, number: int) -> None:
+        """Shard, table, manifest: in this order, so that the manifest never says more than there is."""
+        table = pl.concat([t for t, _, _ in self._waiting])
+        stored = torch.cat([s for _, s, _ in self._waiting])
+        scales = [s for _, _, s in self._waiting if s is not None]
+        start, stop = self.rows, self.rows + number
+        self._data = put(self._folder, "data", self._data, start, stored[:number])
+        if self._scales is not None:
+            self._scales = put(self._folder, "scales", self._scales, start, torch.cat(scales)[:number])
+        write_part(self._folder, self.manifest.parts, table[:number])
+        committed = replace(self.manifest, rows=stop)
+        committed.write(self._folder)
+        rest = torch.cat(scales)[number:] if scales else None
+        self.manifest = committed
+        self._number_waiting -= number
+        self._waiting = [(table[number:], stored[number:].clone(), rest)] if self._number_waiting else []
+
+
+def put(folder: Folder, name: str, array: Any, start: int, rows: Tensor) -> Any:
+    """Write rows at `start`, the array made longer for them; the array that holds them."""
+    array = resized(folder, name, array, [start + len(rows), rows.shape[1]])
+    try:
+        array[start : start + len(rows)].write(to_numpy(rows)).result()
+    except (ValueError, OSError) as error:
+        raise folder.refused("write", name, error) from error
+    return array
+
+
+def resized(folder: Folder, name: str, array: Any, shape: list[int]) -> Any:
+    """The array with another number of rows; what a killed writer left beyond them is gone."""
+    try:
+        return array.resize(exclusive_max=shape).result()
+    except (ValueError, OSError) as error:
+        raise folder.refused("write", name, error) from error
+
+
+def _divisor(shard: int, chunk: int) -> int:
+    """The largest number of rows up to `chunk` that divides a shard."""
+    return next(size for size in range(min(chunk, shard), 0, -1) if shard % size == 0)

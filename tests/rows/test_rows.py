@@ -1,0 +1,177 @@
+"""Rows come back as they were written, whatever type stores them; and no damage goes unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor
+
+from assay.errors import InputError, StoreError
+from assay.rows import DTYPES, Folder, RowDtype, RowReader, RowWriter
+
+WIDTH = 6
+BLOCKS = [(0, 4), (4, 6)]
+
+
+def table(start: int, stop: int) -> pl.DataFrame:
+    return pl.DataFrame({"id": [f"example {i}" for i in range(start, stop)]})
+
+
+def rows(n: int) -> Tensor:
+    return torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[:n]
+
+
+def filled(folder: Folder, dtype: RowDtype = "fp32", n: int = 11, close: bool = True) -> RowWriter:
+    writer = RowWriter(folder, WIDTH, dtype, BLOCKS, shard=4)
+    data = rows(n)
+    for start in range(0, n, 3):
+        writer.append(table(start, min(start + 3, n)), data[start : start + 3])
+    if close:
+        writer.close()
+    return writer
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("disk", [True, False], ids=["disk", "memory"])
+def test_rows_come_back(dtype: RowDtype, disk: bool, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "of a user #1" if disk else None)
+    filled(folder, dtype)
+    reader = RowReader(folder)
+    truth = rows(11)
+    if dtype == "int8":
+        steps = (
+            torch.cat([truth[:, a:b].abs().amax(1, keepdim=True).expand(-1, b - a) for a, b in BLOCKS], 1)
+            / 127
+        )
+        assert ((reader.read(0, 11) - truth).abs() <= steps * 0.5001).all()
+    else:
+        stored = truth.to(DTYPES[dtype])
+        expected = stored if dtype == "fp64" else stored.float()
+        assert torch.equal(reader.read(0, 11), expected)
+        assert torch.equal(reader.read(3, 9), expected[3:9])
+    assert reader.table["id"].to_list() == table(0, 11)["id"].to_list()
+    for size in (1, 4, 5, 100, None):
+        pieces = list(reader.pieces(size))
+        assert [start for start, _ in pieces] == list(range(0, 11, size or 11))[: len(pieces)]
+        assert torch.equal(torch.cat([piece for _, piece in pieces]), reader.read(0, 11))
+
+
+def test_several_shards_each_a_file_and_another_reader_of_zarr_could_open_them(tmp_path: Path) -> None:
+    filled(Folder(tmp_path))
+    assert sorted(p.name for p in (tmp_path / "data" / "c").iterdir()) == ["0", "1", "2"]
+    raw = np.fromfile(tmp_path / "data" / "c" / "0" / "0", dtype="<f4", count=4 * WIDTH)
+    assert np.array_equal(raw.reshape(4, WIDTH), rows(4).float().numpy())
+
+
+def test_a_writer_that_died_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    filled(Folder(tmp_path / "whole"))
+    for n in range(12):  # dies with n rows taken, the last of them not committed
+        place = tmp_path / f"killed {n}"
+        filled(Folder(place), n=n, close=False)
+        writer = RowWriter(Folder(place), WIDTH, "fp32", BLOCKS, shard=4)
+        assert writer.rows == n // 4 * 4
+        writer.append(table(writer.rows, 11), rows(11)[writer.rows :])
+        writer.close()
+        assert content(place) == content(tmp_path / "whole")
+
+
+def error_of_reading(path: Path, truth: Tensor) -> str | None:
+    """What is said of a damaged store; None if it still reads, and then everything right."""
+    try:
+        found = RowReader(Folder(path)).read(0, 11)
+    except StoreError as error:
+        return str(error)
+    assert torch.equal(found, truth)
+    return None
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_every_flipped_bit_is_named_or_harmless(dtype: RowDtype, tmp_path: Path) -> None:
+    filled(Folder(tmp_path), dtype)
+    truth = RowReader(Folder(tmp_path)).read(0, 11)
+    seen = 0
+    for path in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
+        before = path.read_bytes()
+        for at in range(0, len(before), max(1, len(before) // 7)):
+            path.write_bytes(before[:at] + bytes([before[at] ^ 4]) + before[at + 1 :])
+            message = error_of_reading(tmp_path, truth)
+            if message is None:
+                assert path.name == "zarr.json"  # the spelling of a default, say
+            else:
+                assert "\n" not in message
+                seen += path.name in message or path.parent.name in message or str(tmp_path) in message
+        path.write_bytes(before)
+    assert seen > 30
+
+
+def test_a_lost_or_cut_shard_is_named(tmp_path: Path) -> None:
+    filled(Folder(tmp_path))
+    shard = tmp_path / "data" / "c" / "1" / "0"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-3])
+    reader = RowReader(Folder(tmp_path))
+    with pytest.raises(StoreError, match="c/1/0"):
+        reader.read(0, 11)
+    with pytest.raises(StoreError, match="c/1/0"):
+        list(reader.pieces())
+    shard.unlink()
+    with pytest.raises(StoreError, match="c/1/0"):
+        RowReader(Folder(tmp_path)).read(5, 6)
+    assert torch.equal(RowReader(Folder(tmp_path)).read(0, 4), rows(4).float())  # the others are as they were
+    part = next((tmp_path / "table").glob("part-000002*"))
+    part.unlink()
+    with pytest.raises(StoreError, match="part-000002"):
+        RowReader(Folder(tmp_path))
+
+
+def test_a_disk_that_refuses_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RowWriter(Folder(tmp_path / "store"), WIDTH, "fp32", BLOCKS, shard=4)
+    write = Folder.write
+
+    def refuse(self: Folder, name: str, data: bytes) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Folder, "write", refuse)
+    for start in (0, 4):
+        with pytest.raises(StoreError, match="full"):
+            writer.append(table(start, start + 4), rows(11)[start : start + 4])
+    assert writer.rows == 0
+    monkeypatch.setattr(Folder, "write", write)
+    writer.append(table(8, 11), rows(11)[8:])
+    writer.close()
+    filled(Folder(tmp_path / "whole"))
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "rows")
+    with pytest.raises(StoreError, match="no rows"):
+        RowReader(folder)
+    writer = filled(folder, close=False)
+    with pytest.raises(StoreError, match="other settings"):
+        RowWriter(folder, WIDTH, "bf16", BLOCKS, shard=4)
+    with pytest.raises(InputError, match="give \\[2, 6\\]"):
+        writer.append(table(0, 2), torch.zeros(3, 6))
+    with pytest.raises(InputError, match="example 1 of the batch is not finite"):
+        writer.append(table(0, 2), torch.tensor([[0.0] * 6, [float("nan")] * 6]))
+    with pytest.raises(InputError, match="too large"):
+        RowWriter(Folder(None), 1, "fp16").append(table(0, 1), torch.full((1, 1), 1e6))
+    writer.close()
+    writer.close()
+    with pytest.raises(StoreError, match="takes no more rows"):
+        RowWriter(folder, WIDTH, "fp32", BLOCKS, shard=4)
+    with pytest.raises(InputError, match="the store has 11"):
+        RowReader(folder).read(5, 12)
+    with pytest.raises(InputError, match="fp12"):
+        RowWriter(folder, WIDTH, "fp12")  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        RowWriter(Folder(tmp_path / "file" / "rows"), WIDTH)

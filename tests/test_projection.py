@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from assay.capture import Weights
 from assay.capture.bottleneck import Sides
-from assay.errors import InputError
+from assay.errors import CoverageError, InputError
 from assay.projection import Projection, Projector, random_sides
 
-NAMES = [name for name in CASES if not name.endswith("own_loss")]
+NAMES = [name for name in CASES if not name.endswith("own_loss") and name != "custom_function"]
 KINDS = [Projection(rank=3, seed=1), Projection(kind="none")]
 
 
@@ -70,6 +70,14 @@ def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projec
     case = CASES[name]
     for loss in case.losses.values():
         compare(case, loss, projection, size=4)
+
+
+def test_a_use_that_no_rule_sees_is_refused_by_name() -> None:
+    case = CASES["custom_function"]
+    model = case.model()
+    projector = projector_of(model, KINDS[0])
+    with pytest.raises(CoverageError, match="exclude="):
+        projector.rows(model, case.losses["sum"], case.batch(4, seed=3), 4, "sum", check=True)
 
 
 def test_a_batch_of_one() -> None:

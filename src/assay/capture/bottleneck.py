@@ -23,7 +23,7 @@ from assay.capture.mode import Capture, Weights
 from assay.errors import CoverageError, InputError
 from assay.targets import undisturbed
 
-__all__ = ["FactorStream", "Sides", "projected", "stream_factors"]
+__all__ = ["FactorStream", "Sides", "projected", "stream_factors", "written_out"]
 
 Take = Callable[[Weight, Factors], None]
 ENTRIES = 1 << 22  # of a block of intermediate results, where the samples' rows lie in no regular order
@@ -178,6 +178,18 @@ def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
             pulled = weight.pull(dense)
             return {p: _project(Dense(pulled[p]), sides[p]) for p in wanted}
     return {p: _by_directions(weight, factors, p, sides[p]) for p in wanted}
+
+
+def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
+    """`{parameter: [B, *shape]}`: the per-sample gradients of the parameters behind one use.
+
+    Raises:
+        CoverageError: they answer inner products only.
+    """
+    dense = _dense(factors)
+    if dense is None or weight.pull is None:
+        raise CoverageError("per-sample gradients that answer inner products only cannot be written out.")
+    return weight.pull(dense)
 
 
 def _in_own_orientation(weight: Weight, factors: Factors, param: Parameter) -> Factors | None:

@@ -1,0 +1,203 @@
+"""Building an index: one logging pass over the examples, gone on with where it was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import polars as pl
+import torch
+from torch.nn import Module
+
+from assay.capture import Weights
+from assay.capture.bottleneck import Sides, stream_factors
+from assay.curvature import Covariances
+from assay.errors import InputError, StoreError
+from assay.index.curvature import is_stored, store_curvature
+from assay.index.header import Header, fingerprint, load_sides, read_header, save_sides, sides_crc
+from assay.projection import LossFn, Projection, Projector, Reduction, random_sides
+from assay.rows import Folder, RowDtype, RowReader, RowWriter
+from assay.rows.format import read_manifest
+from assay.store.ids import IdKind, id_series, kind_of_dtype
+
+__all__ = ["Builder"]
+
+IdBatches = Iterable[tuple[Any, object]]
+
+
+@dataclass
+class Builder:
+    """The settings of one build; `run` does it.
+
+    Args:
+        model: the checkpoint.
+        weights: the parameters that are watched.
+        id_batches: `(ids, batch)` pairs, the same at every pass.
+        loss_fn: `loss_fn(model, batch)`.
+        folder: where the index is, or will be.
+        projection: how gradients are made small.
+        dtype: of the stored rows.
+        reduction: how `loss_fn` reduces over examples.
+        check: "first" compares the capture with plain autograd on the first batch.
+        shard: rows of a commit; None for about 32 MiB.
+        progress: called with the number of examples logged so far.
+    """
+
+    model: Module
+    weights: Weights
+    id_batches: IdBatches
+    loss_fn: LossFn
+    folder: Folder
+    projection: Projection
+    dtype: RowDtype
+    reduction: Reduction
+    check: str
+    shard: int | None
+    progress: Callable[[int], None] | None
+
+    def run(self) -> None:
+        """Log what is not committed yet, then form the curvature."""
+        header = read_header(self.folder)
+        sides, header = self._begin() if header is None else self._go_on(header)
+        projector = Projector(self.weights, sides)
+        rows = self.folder.below("rows")
+        if not _complete(rows):
+            self._log(projector, header)
+        elif is_stored(self.folder):
+            raise StoreError(
+                f"{self.folder.place} already holds an index: Index.open it, or name another out="
+            )
+        store_curvature(self.folder, header, RowReader(rows))
+
+    def _begin(self) -> tuple[dict[str, Sides], Header]:
+        drawn = {n: random_sides(n, p, self.projection) for p, n in self.weights.names.items()}
+        found: Covariances | None = None
+        if self.projection.kind == "pca":
+            found = self._covariances()
+            drawn = found.sides(self.projection.rank, self._fallback())
+            save_sides(self.folder, drawn)
+        projector = Projector(self.weights, drawn)
+        if found is not None:
+            self._save_eigenvalues(found, drawn, projector)
+        header = Header(
+            self.projection,
+            {name: s.shape for name, s in drawn.items()},
+            projector.layers,
+            self.reduction,
+            self.dtype,
+            fingerprint(self.weights),
+            sides_crc(drawn),
+        )
+        header.write(self.folder)
+        return drawn, header
+
+    def _go_on(self, header: Header) -> tuple[dict[str, Sides], Header]:
+        sides = sides_of(self.folder, header, self.weights)
+        shapes = {name: tuple(p.shape) for p, name in self.weights.names.items()}
+        mine = replace(
+            header,
+            projection=self.projection,
+            shapes=shapes,
+            reduction=self.reduction,
+            dtype=self.dtype,
+            fingerprint=fingerprint(self.weights),
+        )
+        for setting in ("projection", "shapes", "reduction", "dtype", "fingerprint"):
+            if getattr(mine, setting) != getattr(header, setting):
+                what = {"shapes": "other layers", "fingerprint": "another checkpoint"}.get(
+                    setting, f"another {setting}"
+                )
+                raise StoreError(
+                    f"{self.folder.place} holds an index of {what}: name another out=, or delete that folder"
+                )
+        return sides, header
+
+    def _fallback(self) -> dict[str, Sides]:
+        """Random projections for the sides that have no covariance."""
+        like = self.projection if self.projection.rank is None else replace(self.projection, kind="random")
+        return {n: random_sides(n, p, like) for p, n in self.weights.names.items()}
+
+    def _covariances(self) -> Covariances:
+        if isinstance(self.id_batches, Iterator):
+            raise InputError(
+                "Projection(kind='pca') reads the examples twice, and these can be read only once: hand over a list or "
+                "a loader."
+            )
+        bare = {n: Sides(tuple(p.shape)) for p, n in self.weights.names.items()}
+        found = Covariances(self.weights, bare)
+        for ids, batch in self.id_batches:
+            size = len(id_series(ids, None))
+            scale = float(size) if self.reduction == "mean" else 1.0
+            take = partial(found.add, scale=scale)
+            stream_factors(self.model, self.weights, self.loss_fn, batch, size, take)
+            found.examples += size
+        return found
+
+    def _save_eigenvalues(self, found: Covariances, sides: Mapping[str, Sides], projector: Projector) -> None:
+        """The KFAC eigenvalues along a row, where every parameter has them."""
+        values = found.eigenvalues(sides)
+        names = [self.weights.names[p] for p in projector.slices]
+        if all(name in values for name in names):
+            self.folder.write_array("curvature/kfac", torch.cat([values[name] for name in names]).numpy())
+
+    def _log(self, projector: Projector, header: Header) -> None:
+        blocks = [(layer.start, layer.stop) for layer in header.layers]
+        rows = self.folder.below("rows")
+        writer = RowWriter(rows, projector.width, self.dtype, blocks, self.shard)
+        known = RowReader(rows).table["id"] if writer.rows else None
+        kind: IdKind | None = None
+        done, check = 0, self.check == "first"
+        for ids, batch in self.id_batches:
+            series = id_series(ids, kind)
+            if not len(series):
+                raise InputError("Index.build(id_batches): a batch has 0 ids; give one per example.")
+            kind = kind_of_dtype(series.dtype)
+            size, skip = len(series), min(max(writer.rows - done, 0), len(series)) if known is not None else 0
+            if known is not None and skip and not series[:skip].equals(known[done : done + skip]):
+                raise StoreError(
+                    f"{self.folder.place} was begun with other examples (or another order) from row {done} on: hand "
+                    "over the same id_batches, or name another out="
+                )
+            done += size
+            if skip == size:
+                continue
+            if skip == 0:
+                known = None  # past what was committed before
+            logged = projector.rows(self.model, self.loss_fn, batch, size, self.reduction, check=check)
+            check = False
+            norms = pl.Series("norm", logged.double().norm(dim=1).cpu().numpy())
+            writer.append(pl.DataFrame([series, norms])[skip:], logged[skip:])
+            if self.progress is not None:
+                self.progress(done)
+        if not done:
+            raise InputError("Index.build(id_batches): there is no example; give at least one (ids, batch).")
+        writer.close()
+
+
+def sides_of(folder: Folder, header: Header, weights: Weights) -> dict[str, Sides]:
+    """The projections of an index: drawn again, or read.
+
+    Raises:
+        StoreError: they are damaged, or this version of torch draws other numbers.
+    """
+    if header.projection.kind == "pca":
+        return load_sides(folder, header)
+    by_name = {name: param for param, name in weights.names.items()}
+    if set(by_name) != set(header.shapes):
+        raise StoreError(
+            f"{folder.place} holds an index of other layers: name another out=, or delete that folder"
+        )
+    sides = {name: random_sides(name, by_name[name], header.projection) for name in header.shapes}
+    if sides_crc(sides) != header.sides_crc:
+        raise StoreError(
+            f"{folder.place} was projected with random matrices that this version of torch does not draw again: use "
+            "the version that built it, or build it again"
+        )
+    return sides
+
+
+def _complete(rows: Folder) -> bool:
+    manifest = read_manifest(rows)
+    return manifest is not None and manifest.complete

@@ -23,7 +23,7 @@ from reference.dense import Step
 from reference.settings import CLIP, MAIN, OPTIMIZERS
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import assay
 from assay.capture import contraction, probe

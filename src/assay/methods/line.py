@@ -20,6 +20,7 @@ class Line:
         params: every parameter that the step moves.
 
     Example:
+        >>> import torch
         >>> w = Parameter(torch.tensor([1.0]))
         >>> line = Line([w])
         >>> _ = w.data.fill_(3.0)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -165,10 +166,29 @@ def undisturbed(model: Module) -> Iterator[None]:
     """Evaluation mode inside; modes, random-number state and autocast of the training run as before afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _without_reentrant_checkpoints():
         model.eval()
         try:
             yield
         finally:
             for module in training:
                 module.training = True
+
+
+class _NonReentrant:
+    """Stands in for `torch.utils.checkpoint.CheckpointFunction`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    """Activation checkpoints of the other kind: the re-entrant one is incompatible with `torch.autograd.grad`."""
+    original = checkpointing.CheckpointFunction
+    checkpointing.CheckpointFunction = _NonReentrant  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpointing.CheckpointFunction = original  # type: ignore[misc]

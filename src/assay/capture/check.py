@@ -85,7 +85,14 @@ class _Comparison:
     """One forward pass of a model, as the capture and as plain autograd see it."""
 
     def __init__(self, model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> None:
-        self.model, self.args, self.kwargs, self.batch = model, args, kwargs, batch
+        self.model, self.batch = model, batch
+        self.device = next(model.parameters()).device.type
+        self.args, self.kwargs = args, kwargs
+        if torch.is_autocast_enabled(self.device):  # compared in full precision, where a difference means something
+            dtype = next(model.parameters()).dtype
+            self.args, self.kwargs = tree_map(
+                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, dict(kwargs))
+            )
 
     def wrong(
         self, weights: Weights, uncovered: Mapping[Parameter, str], fallback: str
@@ -95,7 +102,8 @@ class _Comparison:
         generator = torch.Generator(device=weights.params[0].device).manual_seed(0)
         directions = {p: _random(p, generator)[None] for p in weights.params}
         refused: dict[Parameter, str] = {}
-        with undisturbed(self.model), torch.enable_grad():
+        full = torch.autocast(self.device, enabled=False)
+        with undisturbed(self.model), torch.enable_grad(), full:
             capture = Capture(alike, self.batch, directions, refused=refused)
             with Boundary(self.model, alike, capture) as boundary, capture:
                 outputs = self._forward(slice(None))

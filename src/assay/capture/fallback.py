@@ -16,6 +16,7 @@ A scalar output (the loss that the model computes itself) counts through the out
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,10 @@ class Boundary:
         self._open: list[_Pass | None] = []
 
     def __enter__(self) -> Boundary:
-        """Start watching."""
+        """Start watching. A compiled model runs eagerly inside: a compiler cannot trace through the capture."""
+        self._eager = contextlib.ExitStack()
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True),
@@ -86,6 +90,7 @@ class Boundary:
 
     def __exit__(self, *_: object) -> None:
         """Stop watching."""
+        self._eager.close()
         for hook in self._hooks:
             hook.remove()
 

@@ -233,7 +233,7 @@ class Capture(TorchFunctionMode):
             first = values[0].clone() if in_place else values[0]
             new_args, new_kwargs = rebuild([first, *values[1:]])
             result = func(*new_args, **new_kwargs)
-            return first if in_place else result if parts is None else result[position]  # type: ignore[no-any-return]
+            return first if in_place else result if parts is None else result[position]
 
         return derive(again, tensors, weights)
 

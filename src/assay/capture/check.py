@@ -88,10 +88,13 @@ class _Comparison:
         self.model, self.batch = model, batch
         self.device = next(model.parameters()).device.type
         self.args, self.kwargs = args, kwargs
-        if torch.is_autocast_enabled(self.device):  # compared in full precision, where a difference means something
+        if torch.is_autocast_enabled(
+            self.device
+        ):  # compared in full precision, where a difference means something
             dtype = next(model.parameters()).dtype
             self.args, self.kwargs = tree_map(
-                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, dict(kwargs))
+                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
+                (args, dict(kwargs)),
             )
 
     def wrong(
@@ -131,7 +134,7 @@ class _Comparison:
                 seeds_i = [seed[i : i + 1] for seed in seeds]
                 truth = _gradients([one[k] for k in same], seeds_i, weights.params)
                 reason = f"sample {i} alone gives other gradients than in its batch"
-                wrong |= dict.fromkeys(_wrong(alike, seen[:, i], truth, directions), reason)
+                wrong = {**dict.fromkeys(_wrong(alike, seen[:, i], truth, directions), reason), **wrong}
         return {**wrong, **refused}
 
     def _forward(self, rows: slice) -> list[Tensor]:

@@ -35,7 +35,10 @@ class GradientScale:
         """The parameters that have a gradient, and the norm of each gradient."""
         present = [i for i, p in enumerate(self.params) if p.grad is not None]
         gradients = [g for i in present if (g := self.params[i].grad) is not None]
-        return present, torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0)
+        if not gradients:
+            return present, torch.zeros(0)
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        return present, torch.stack(torch._foreach_norm(gradients, 2, wide))
 
     def after_backward(self) -> None:
         """Take the norms of the gradient that backward produced."""
@@ -45,7 +48,7 @@ class GradientScale:
         """`[groups]` the scale c, and a 0-dim tensor: how far the change was from being one scale per group.
 
         The second is the largest relative disagreement between the parameters' own ratios and their group's; it is
-        zero for anything that multiplies the gradient by one number.
+        zero, up to the rounding of the gradients, for anything that multiplies them by one number.
         """
         assert self._after_backward is not None
         present, norms = self._after_backward
@@ -59,4 +62,5 @@ class GradientScale:
         scale = torch.where(before > 0, (after / before).sqrt(), torch.ones_like(before))
         size = (scale[group] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
         gap = torch.where(norms > 0, (now - scale[group] * norms).abs() / size, torch.zeros_like(norms))
-        return scale, gap.max()
+        rounding = max(torch.finfo(self.params[i].dtype).eps for i in present)  # of each entry, when it was scaled
+        return scale, (gap.max() - 2 * rounding).clamp_min(0)

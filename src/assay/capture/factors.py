@@ -112,4 +112,4 @@ def apart_from(factors: Factors, storages: Container[int]) -> Factors:
     copies = {name: copied(value) for name, value in held.items()}
     if all(copies[name] is held[name] for name in held):
         return factors
-    return replace(factors, **copies)  # type: ignore[type-var, return-value]
+    return replace(factors, **copies)  # type: ignore[type-var]

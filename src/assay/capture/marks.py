@@ -130,18 +130,12 @@ def directional_derivative(
     pass, which is linear in the output gradient (the double-backward trick).
     """
     tangents = {i: tangent.to(primals[i].dtype) for i, tangent in tangents.items()}
-    primals = [
-        x.contiguous() if i in tangents and 0 in x.stride() else x for i, x in enumerate(primals)
-    ]  # expanded
     load_forward_mode()
     try:
         with torch.no_grad(), forward_ad.dual_level():
-            duals = [
-                forward_ad.make_dual(primal.contiguous(), tangents[i].contiguous())
-                if i in tangents
-                else primal  # type: ignore[no-untyped-call]
-                for i, primal in enumerate(primals)
-            ]
+            duals = list(primals)
+            for i, tangent in tangents.items():  # contiguous: an expanded tensor cannot carry a tangent
+                duals[i] = forward_ad.make_dual(primals[i].contiguous(), tangent.contiguous())  # type: ignore[no-untyped-call]
             primal, tangent = forward_ad.unpack_dual(call(*duals))  # type: ignore[no-untyped-call]
         return torch.zeros_like(primal) if tangent is None else tangent
     except NotImplementedError:

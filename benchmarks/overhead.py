@@ -193,7 +193,7 @@ def peak(size: Size, options: argparse.Namespace) -> int:
     On a CPU what the resident memory grew by since before the model, on a GPU what was allocated.
     """
     device = torch.device(options.device)
-    before = resident_peak()
+    before = resident_peak(afresh=True)
     step = arm(size, options.family, device, *options.peak_of)
     for _ in range(3):
         step()
@@ -203,10 +203,16 @@ def peak(size: Size, options: argparse.Namespace) -> int:
     return resident_peak() - before
 
 
-def resident_peak() -> int:
-    """Bytes that this process had resident at most until now."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used
+def resident_peak(afresh: bool = False) -> int:
+    """Bytes that this process had resident at most until now; `afresh` first forgets what was before, on Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else 1024 * used
+    if afresh:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -275,7 +281,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['seconds']['median']:.4f}",
             "1" if row["arm"] == "plain" else f"{ratio['median']:.3f} {spread}",
             f"{above['median']:+.3f}" if row["arm"] == "assay" else "",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
         )
     console.print(table)
 

@@ -87,7 +87,8 @@ class Fisher:
                 len(matrix), dtype=matrix.dtype, device=matrix.device
             )
             lower, failed = torch.linalg.cholesky_ex(damped)
-            if int(failed):
+            diagonal = lower.diagonal()
+            if int(failed) or float(diagonal.min()) <= 1e-7 * float(diagonal.max()):
                 raise InputError(
                     f"damping={damping}: the Fisher matrix of layer {self.name!r} is singular with so little of it; "
                     "use a larger damping, such as 0.1."

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from assay.errors import AssayWarning, InputError, StoreError
 from assay.index.build import Builder, IdBatches, sides_of
-from assay.index.curvature import Curvature, load_blocks
+from assay.index.curvature import Curvature, is_stored, load_blocks
 from assay.index.header import fingerprint, read_header
 from assay.index.layers import select, weights_named
 from assay.methods.influence import InfluenceFunction, Normalize
@@ -55,11 +55,11 @@ class Index:
         if header is None:
             raise StoreError(f"there is no index in {folder.place}: name the out= of Index.build")
         self._folder, self._header = folder, header
-        self._rows = RowReader(folder.below("rows"))
-        if not self._rows.manifest.complete:
+        if not is_stored(folder):
             raise StoreError(
                 f"the index in {folder.place} is not complete: call Index.build again with the same arguments"
             )
+        self._rows = RowReader(folder.below("rows"))
         self._formula: tuple[Curvature, InfluenceFunction] | None = None
         self._own: tuple[Curvature, float, Tensor] | None = None
         self._warned = False

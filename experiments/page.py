@@ -124,6 +124,20 @@ def completeness(r: Result) -> str:
     )
 
 
+def demo(r: Result) -> str:
+    """Explained shares of the demo's first steps."""
+    found, paths = by(r["table"], "target", "path"), order(r["table"], "path")
+    rows = [
+        [t, f"{found[t, paths[0]]['drop']:.3f}", *(f"{found[t, p]['explained']:.1%}" for p in paths)]
+        for t in order(r["table"], "target")
+    ]
+    return (
+        f"## The demo's own training\n\nCut to its first steps, warm-up included: {r['training']}, seed {r['seed']}. "
+        "Samples + carried + decayed over the measured drop.\n\n"
+        + table(["target", "drop (nats)", *paths], rows)
+    )
+
+
 def momentum(r: Result) -> str:
     """The sketch beside the exact shares."""
     rows = [
@@ -185,6 +199,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "fidelity": fidelity,
     "adam": adam,
     "completeness": completeness,
+    "demo": demo,
     "momentum": momentum,
     "duplicates": duplicates,
     "second_moment": second_moment,

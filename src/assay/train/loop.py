@@ -137,8 +137,8 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
         interrupted = True
     finally:
         seconds = time.perf_counter() - start
-        run.writer.update_info({"summary": _summary(steps, seconds, meter)})
-        run.close()
+        with run:  # closes it, whatever the disk says to the summary
+            run.writer.update_info({"summary": _summary(steps, seconds, meter)})
     save_model(setup.model, setup.tokenizer, config.out / "model")
     return Result(
         ledger=run.ledger,

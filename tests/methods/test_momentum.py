@@ -18,6 +18,7 @@ from methods.slow import (
     loss_fn,
     margin,
     mean_gradient,
+    net,
     times,
     train,
     values_of,
@@ -191,6 +192,25 @@ def test_a_longer_sketch_errs_less(optimizer: str) -> None:
         exact, sketched = both(optimizer, sketch=size, steps=8)
         errors.append(float((exact["value"] - sketched["value"]).pow(2).sum() ** 0.5))
     assert 0 < errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "rmsprop"])
+def test_weights_in_half_the_bits(optimizer: str) -> None:
+    """bfloat16 weights and gradients: sketch and exact shares agree to what such gradients allow."""
+    frames = []
+    for momentum in ("exact", "sketch"):
+        model = net().to(torch.bfloat16)
+        steps = OPTIMIZERS[optimizer](model)
+        target = {"loss": assay.Target([batch(4, 900)], loss_fn)}
+        method = assay.InRunShapley(target, "trapezoid", momentum, sketch=1009)
+        with assay.Run(model, steps, methods=[method], check="off") as run:
+            for step in range(4):
+                with run.step([3 * step, 3 * step + 1, 3 * step + 2]):
+                    loss_fn(model, batch(3, step)).backward()
+                steps.step()
+                steps.zero_grad()
+        frames.append(run.ledger.steps()["value"])
+    assert (frames[0] - frames[1]).abs().max() < 0.02 * frames[0].abs().max()  # type: ignore[operator]
 
 
 # --- a loss scale that step() itself divides by, and a resumed run

@@ -298,7 +298,7 @@ def fold(x: Tensor, signs: Tensor, size: int, start: int = 0) -> Tensor:
         >>> fold(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1, 1, -1]), size=2)
         tensor([[-2.,  2.]])
     """
-    before = start % size
+    before, x = start % size, x.to(torch.promote_types(x.dtype, torch.float32))
     padded = F.pad(x * signs, (before, -(before + x.shape[1]) % size))
     return padded.view(x.shape[0], -1, size).sum(1)
 
@@ -306,6 +306,7 @@ def fold(x: Tensor, signs: Tensor, size: int, start: int = 0) -> Tensor:
 def _fold_lookup(factors: Lookup, signs: Tensor, size: int, start: int) -> Tensor:
     """`[B, size]`: the fold of an embedding's gradients without writing them out."""
     b = factors.layout.grouped(factors.b)
+    b = b.to(torch.promote_types(b.dtype, signs.dtype if signs.is_floating_point() else torch.float32))
     batch, p = b.shape[0], b.shape[-1]
     b = b.reshape(batch, -1, p)  # [B, T, p]
     indices = factors.layout.grouped(factors.indices).reshape(batch, -1)  # [B, T]

@@ -165,22 +165,9 @@ def test_grad_scaler(optimizer: str) -> None:
     assert relative_error(recorded(run.ledger), expected) <= 1e-4
 
 
-REFUSED = pytest.mark.xfail(reason="the start-up check expects float32's digits of autocast's bfloat16")
-WARNED = pytest.mark.xfail(reason="bfloat16's rounding is taken for clipping by more than one factor")
-
-
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw_large_eps"])
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        *(pytest.param(name, "autocast") for name in ("gpt2", "cnn", "gpt")),
-        *(pytest.param(name, "autocast", marks=REFUSED) for name in ("llama_tied", "mlp")),
-        *(
-            pytest.param(name, "bfloat16", marks=WARNED)
-            for name in ("gpt2", "cnn", "gpt", "llama_tied", "mlp")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "mlp", "cnn", "gpt"])
 def test_half_precision(name: str, optimizer: str, mode: str) -> None:
     """In bfloat16 the values are those of float64 up to its three digits, neither refused nor off."""
     case, build = CASES[name], OPTIMIZERS[optimizer]

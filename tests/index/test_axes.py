@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from index.test_index import N, assert_close, data, dense_rows, loss_fn, net, queries
+from reference import CASES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,6 +118,36 @@ def test_all_axes_and_the_whole_fisher_are_the_unprojected_answer() -> None:
     assert_close(
         turned.influence(model, queries(), loss_fn), whole.influence(model, queries(), loss_fn), 1e-8
     )
+
+
+@pytest.mark.parametrize("name", ["gpt_untied", "gpt2", "cnn"])
+def test_rows_of_any_model_are_the_gradients_along_its_axes(name: str) -> None:
+    """A table whose vocabulary has no covariance keeps a random side."""
+    case = CASES[name]
+    loss = case.losses["sum"]
+    model, batch = case.model().eval(), case.batch(5, seed=3)
+    index = Index.build(
+        model,
+        [(range(5), batch)],
+        loss,
+        projection=Projection(rank=3, kind="pca"),
+        dtype="fp64",
+        reduction="sum",
+    )
+    sides = load_sides(index._folder, index._header)
+    params = list(model.parameters())
+    rows = []
+    for i in range(5):
+        found = torch.autograd.grad(loss.part(model, batch, i), params)
+        names = [name for name, _ in model.named_parameters()]
+        parts = []
+        for key, g in zip(names, found, strict=True):
+            own, matrix = sides[key], g.reshape(sides[key].matrix)
+            assert max(own.ranks) <= 3
+            matrix = matrix if own.left is None else own.left.double() @ matrix
+            parts.append((matrix if own.right is None else matrix @ own.right.double().t()).flatten())
+        rows.append(torch.cat(parts))
+    assert_close(index.gradients(), torch.stack(rows))
 
 
 def test_examples_that_can_be_read_only_once_are_refused() -> None:

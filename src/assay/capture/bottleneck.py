@@ -7,7 +7,7 @@ layer that is Σ_t (P_o b_it)(P_i a_it)ᵀ: both sides are made small before the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,9 +91,9 @@ class FactorStream(Capture):
         return False
 
     @torch.no_grad()
-    def record(self, uses: object, like: Tensor) -> Tensor:
+    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
         """Hand the uses on; the probe's gradient is zero."""
-        for weight, factors in uses:  # type: ignore[attr-defined]
+        for weight, factors in uses:
             self._take(weight, factors)
         return torch.zeros_like(like)
 

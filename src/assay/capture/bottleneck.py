@@ -145,6 +145,7 @@ def stream_factors(
                 check_capture(model, args, kwargs, weights, size)
             finally:
                 capture.paused = False
+            _refuse_uncovered(weights)
 
     hook = model.register_forward_pre_hook(enter, with_kwargs=True)
     try:
@@ -160,6 +161,17 @@ def stream_factors(
             torch.autograd.grad(loss.reshape(()), capture.probe)
     finally:
         hook.remove()
+
+
+def _refuse_uncovered(weights: Weights) -> None:
+    """The fallback at the model's boundary answers inner products only: it has nothing to project."""
+    if weights.uncovered:
+        names = [weights.names[param] for param in weights.uncovered]
+        raise CoverageError(
+            f"parameter {', '.join(names)} has no per-sample gradients that can be projected "
+            f"({next(iter(weights.uncovered.values()))}). Pass exclude={names} to leave it out (scores are then "
+            "partial), or rewrite the operation."
+        )
 
 
 def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]) -> dict[Parameter, Tensor]:

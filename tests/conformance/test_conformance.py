@@ -24,7 +24,7 @@ IN_FLOAT64 = [
     "olmo", "olmo2", "opt", "pegasus", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "regnet", "resnet", "roberta", "roformer", "rwkv", "segformer", "siglip_vision_model",
     "squeezebert", "stablelm", "starcoder2", "swin", "swinv2", "t5", "vit", "wav2vec2", "whisper",
-    "xlm-roberta", "xlnet", "yolos", "clip",
+    "xlm-roberta", "xlnet", "clip",
 ]  # fmt: skip
 # families whose code casts to float32 inside (norms, routers, scans): that rounding is all that is left
 IN_PART_FLOAT32 = [

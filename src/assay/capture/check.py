@@ -180,7 +180,9 @@ def _wrong(
         size[weights.groups[param]] += (
             wide.norm()
         )  # ⟨g, G⟩ has about this size: the entries of G are of order one
-    floor = FLOOR * size.max()  # a gradient that is nothing but rounding agrees with no other
+    floor = (
+        FLOOR * size.nan_to_num(0, 0, 0).max()
+    )  # a gradient that is nothing but rounding agrees with no other
     tolerance = {weights.groups[p]: TOLERANCE.get(p.dtype, 0.1) for p in weights.params}
     bad = [
         group

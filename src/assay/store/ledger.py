@@ -239,18 +239,19 @@ class Ledger:
         """
         self._source.verify()
 
-    def _rows(self, target: str | None) -> pl.LazyFrame:
+    def _rows(self, target: str | None, *more: str) -> pl.LazyFrame:
         value = pl.col(value_column(self._target(target))).alias("value")
-        return self._source.values().select("step", "id", value)
+        return self._source.values().select("step", "id", value, *more)
 
     def _values(self, target: str | None) -> pl.LazyFrame:
         value = pl.col("value")
+        taken = pl.col("step").filter(pl.col("micro") >= 0)  # below: what momentum brought to a later step
         # Summed as lists: a grouped sum adds in the order in which threads happen to finish, so that its last
         # bits would differ from call to call.
         sums = (
-            self._rows(target)
+            self._rows(target, "micro")
             .group_by("id")
-            .agg(value.filter(value.is_finite()), steps=pl.col("step").n_unique().cast(pl.Int64))
+            .agg(value.filter(value.is_finite()), steps=taken.n_unique().cast(pl.Int64))
             .with_columns(value.list.sum())
         )
         return sums.sort("value", "id", descending=[True, False])

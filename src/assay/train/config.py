@@ -148,11 +148,13 @@ class Attribution(Section):
     Attributes:
         path: quadrature of the path integral.
         momentum: what becomes of the part of an update that earlier steps caused.
+        tolerance: refine the quadrature of a step until it explains the step's change up to this share.
         measure_every: compare with a plain step once in so many steps; 0 turns the comparison off.
     """
 
     path: str = "left"
     momentum: str = "instant"
+    tolerance: Annotated[float, Field(gt=0)] | None = None
     measure_every: Annotated[int, Field(ge=0)] = 40
 
 

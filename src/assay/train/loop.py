@@ -123,6 +123,7 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
                 },
                 path=config.attribution.path,
                 momentum=config.attribution.momentum,
+                tolerance=config.attribution.tolerance,
             )
         ],
         metadata=setup.documents.unique("id", keep="first", maintain_order=True),

@@ -8,10 +8,12 @@ from assay.errors import (
     StoreError,
     UnsupportedOptimizerError,
 )
+from assay.index import Index
 from assay.methods import InRunShapley
+from assay.projection import Projection
 from assay.run import Run, RunStatus
 from assay.store import Ledger
-from assay.store import open_ledger as open  # noqa: A004  (assay.open reads as what it does)
+from assay.store import open_ledger as open
 from assay.targets import Target
 
 __version__ = "0.1.0"
@@ -20,8 +22,10 @@ __all__ = [
     "AssayWarning",
     "CoverageError",
     "InRunShapley",
+    "Index",
     "InputError",
     "Ledger",
+    "Projection",
     "Run",
     "RunStatus",
     "StoreError",

@@ -87,11 +87,14 @@ def _compared(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     try:
         outcome = compare(model, inputs)
     except CoverageError as error:
-        return {"kind": "refused", "why": _first_line(error)}
+        names, _, why = str(error).partition(": ")
+        return {"kind": "refused", "why": _first_line(CoverageError(f"{why} ({names})"))}
     except TimeoutError:
         raise
     except Exception as error:
         return {"kind": "failed", "why": f"{type(error).__name__}: {_first_line(error)}"}
+    if outcome.total != outcome.total:
+        return {"kind": "failed", "why": "the model's own gradients are not finite"}
     worst = max(outcome.samples, outcome.total, outcome.deferred)
     ways = Counter(status for status in outcome.status.values() if status != "unused")
     kind = "wrong" if not worst < ROUNDING[1] else "fallback" if set(ways) - {"exact"} else "fast path"

@@ -32,8 +32,8 @@ class Adam(OptimizerModel):
             v = torch.maximum(widened(state["max_exp_avg_sq"]), v)
         precondition = self._preconditioner(group, t, v)
         instant, carry = self._weights(group, t, self._mu_product(group, t, state))
-        carried = 0.0 if m is None else carry * widened(m) * precondition
-        return instant * precondition, carried
+        carried = 0.0 if m is None else torch.mul(widened(m), precondition).mul_(carry)
+        return precondition.mul_(instant), carried
 
     def _foreseen_gain(self, group: Group, state: State) -> Tensor | None:
         v = state.get("max_exp_avg_sq" if _is_amsgrad(group) else "exp_avg_sq")

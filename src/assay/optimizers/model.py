@@ -157,7 +157,9 @@ class OptimizerModel(ABC):
         else:
             decayed = lr * weight_decay * w if decoupled else lr * weight_decay * gain * w
         gain = _signed(group, gain)
-        return self._unless_skipped(Split(gain / scale, carried, decayed))
+        if isinstance(scale, Tensor) or scale != 1.0:
+            gain = gain / scale
+        return self._unless_skipped(Split(gain, carried, decayed))
 
     def couples_decay(self, param: Tensor) -> bool:
         """Return whether the weight decay is added to the gradient (L2), so that the momentum buffer holds it."""

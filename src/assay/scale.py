@@ -62,5 +62,7 @@ class GradientScale:
         scale = torch.where(before > 0, (after / before).sqrt(), torch.ones_like(before))
         size = (scale[group] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
         gap = torch.where(norms > 0, (now - scale[group] * norms).abs() / size, torch.zeros_like(norms))
-        rounding = max(torch.finfo(self.params[i].dtype).eps for i in present)  # of each entry, when it was scaled
+        rounding = max(
+            torch.finfo(self.params[i].dtype).eps for i in present
+        )  # of each entry, when it was scaled
         return scale, (gap.max() - 2 * rounding).clamp_min(0)

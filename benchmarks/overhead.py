@@ -4,7 +4,7 @@ Arms, for SGD and for AdamW:
 
 * plain: forward, backward, `optimizer.step()`, `zero_grad()`;
 * pass: the same after one gradient of the validation loss by `torch.autograd.grad`, which is thrown away;
-* assay: the same loop inside `assay.Run` with one first-order target.
+* assay: the same loop inside `assay.Run` with one first-order target, and with `--path` higher orders beside it.
 
 All arms run in one process, one step of each per round in an order that rotates, so that whatever else the
 machine does hits all of them alike. A ratio is taken within a round, to the plain step of the same optimizer; the
@@ -131,7 +131,8 @@ def arm(size: Size, family: str, device: torch.device, optimizer: str, kind: str
     if kind == "pass":
         return with_pass
     target = assay.Target([held_out], loss_fn)
-    run = assay.Run(model, opt, methods=[assay.InRunShapley({"held out": target})])
+    path = kind.removeprefix("assay").strip() or "left"
+    run = assay.Run(model, opt, methods=[assay.InRunShapley({"held out": target}, path=path)])
     ids = list(range(size.batch))
 
     def with_assay() -> None:
@@ -163,7 +164,7 @@ def measure_time(size: Size, options: argparse.Namespace) -> dict[tuple[str, str
     arms = {
         (optimizer, kind): arm(size, options.family, device, optimizer, kind)
         for optimizer in OPTIMIZERS
-        for kind in KINDS
+        for kind in (*KINDS, *(f"assay {path}" for path in options.path))
     }
     order = list(arms)
     result: dict[tuple[str, str], list[float]] = {key: [] for key in order}
@@ -280,7 +281,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             row["arm"],
             f"{row['seconds']['median']:.4f}",
             "1" if row["arm"] == "plain" else f"{ratio['median']:.3f} {spread}",
-            f"{above['median']:+.3f}" if row["arm"] == "assay" else "",
+            f"{above['median']:+.3f}" if row["arm"].startswith("assay") else "",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
         )
     console.print(table)
@@ -299,6 +300,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--family", choices=("gpt", "gpt2"), default="gpt", help="plain torch, or transformers' GPT-2"
     )
+    result.add_argument(
+        "--path", action="append", default=[], choices=("trapezoid", "simpson", "hessian"),
+        help="measure this path beside the first order; may be repeated",
+    )  # fmt: skip
     result.add_argument("--rounds", type=int, help="timed steps of each arm (20; 5 with --quick)")
     result.add_argument("--warmup", type=int, default=3, help="steps of each arm before them")
     result.add_argument("--threads", type=int, default=2)

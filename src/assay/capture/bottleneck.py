@@ -7,7 +7,7 @@ layer that is Σ_t (P_o b_it)(P_i a_it)ᵀ: both sides are made small before the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,26 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from assay.capture.check import check_capture
-from assay.capture.factors import Dense, Directional, Factors, Lookup, Outer
+from assay.capture.factors import Dense, Directional, Factors, Lookup, Outer, Patches
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
-from assay.capture.mode import Capture, Weights
+from assay.capture.mode import Capture
+from assay.capture.weights import Weights
 from assay.errors import CoverageError, InputError
 from assay.targets import undisturbed
 
-__all__ = ["FactorStream", "Sides", "projected", "stream_factors", "written_out"]
+__all__ = [
+    "Sides",
+    "Take",
+    "projected",
+    "projected_through",
+    "refuse_uncovered",
+    "stream_factors",
+    "written_out",
+]
 
 Take = Callable[[Weight, Factors], None]
+CACHED = 1 << 18  # entries of per-sample gradients that are written out at a time
 ENTRIES = 1 << 22  # of a block of intermediate results, where the samples' rows lie in no regular order
 
 
@@ -71,33 +81,6 @@ class Sides:
         return Sides(self.shape, left, None if self.right is None else self.right.to(device))
 
 
-class FactorStream(Capture):
-    """A capture that hands on every use's factored gradients as the backward pass meets them, and keeps none.
-
-    Args:
-        weights: the parameters to watch.
-        batch: B.
-        take: called with each weight and its factors.
-    """
-
-    def __init__(self, weights: Weights, batch: int, take: Take) -> None:
-        super().__init__(
-            weights, batch, strict=True
-        )  # torch's own kernels: no weight gradient is asked of them
-        self._take = take
-
-    def keeps(self, weight: Weight) -> bool:
-        """Factors are consumed at once."""
-        return False
-
-    @torch.no_grad()
-    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
-        """Hand the uses on; the probe's gradient is zero."""
-        for weight, factors in uses:
-            self._take(weight, factors)
-        return torch.zeros_like(like)
-
-
 def stream_factors(
     model: Module,
     weights: Weights,
@@ -123,7 +106,8 @@ def stream_factors(
         InputError: the loss is no scalar with a gradient, or the model received another number of rows.
         CoverageError: a parameter is used in a way that has no exact rule.
     """
-    capture = FactorStream(weights, size, take)
+    capture = Capture(weights, size, strict=True)  # torch's own kernels: no weight gradient is asked of them
+    capture.takes.append(take)
     due = check
 
     def enter(module: Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -145,7 +129,7 @@ def stream_factors(
                 check_capture(model, args, kwargs, weights, size)
             finally:
                 capture.paused = False
-            _refuse_uncovered(weights)
+            refuse_uncovered(weights)
 
     hook = model.register_forward_pre_hook(enter, with_kwargs=True)
     try:
@@ -157,13 +141,16 @@ def stream_factors(
                     f"loss_fn(model, batch) must return a scalar tensor, not {shape}; return its mean or its sum."
                 )
             if not loss.requires_grad or not capture.uses:
-                raise InputError("the loss does not depend on the parameters that are watched.")
+                raise InputError(
+                    "the loss does not depend on the parameters that are watched: return a loss of the model's "
+                    "outputs, with gradients enabled."
+                )
             torch.autograd.grad(loss.reshape(()), capture.probe)
     finally:
         hook.remove()
 
 
-def _refuse_uncovered(weights: Weights) -> None:
+def refuse_uncovered(weights: Weights) -> None:
     """The fallback at the model's boundary answers inner products only: it has nothing to project."""
     if weights.uncovered:
         names = [weights.names[param] for param in weights.uncovered]
@@ -192,6 +179,58 @@ def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
     return {p: _by_directions(weight, factors, p, sides[p]) for p in wanted}
 
 
+def projected_through(
+    weight: Weight,
+    factors: Factors,
+    sides: Mapping[Parameter, Sides],
+    through: Mapping[Parameter, Tensor | float],
+) -> dict[Parameter, Tensor]:
+    """`{parameter: [B, r0, r1]}`: P_o (D ⊙ g_i) P_iᵀ, as `projected` with a diagonal D `[*shape]` in between.
+
+    D mixes the two sides, so that g_i is written out, a cache-full of samples at a time.
+
+    Args:
+        weight: the use's weight.
+        factors: its per-sample gradients.
+        sides: the projections.
+        through: D by parameter; a number is a multiple of the identity. Parameters that it lacks are left out.
+    """
+    plain = {p: sides[p] for p in weight.params if p in sides and p in through}
+    if all(not isinstance(through[p], Tensor) for p in plain):
+        return {p: part * through[p] for p, part in projected(weight, factors, plain).items()}
+    if len(weight.params) == 1:
+        (param,) = weight.params
+        D, own = through[param], sides[param]
+        assert isinstance(D, Tensor)
+        direct = _in_own_orientation(weight, factors, param)
+        if isinstance(direct, Lookup):
+            D = D.reshape(own.matrix)
+            scaled = Lookup(
+                direct.indices, direct.b * F.embedding(direct.indices, D).to(direct.b.dtype), direct.layout
+            )
+            return {param: _project(scaled, own)}
+        if isinstance(direct, Outer) and direct.layout.labels is None:
+            return {param: _blockwise(direct, D.reshape(own.matrix), own)}
+        if isinstance(direct, Dense):
+            return {param: _project(Dense(direct.gradients * D), own)}
+    dense = written_out(weight, factors)
+    return {p: _project(Dense(dense[p] * through[p]), s) for p, s in plain.items()}
+
+
+def _blockwise(factors: Outer, D: Tensor, sides: Sides) -> Tensor:
+    """`[B, r0, r1]`: P_o (D ⊙ Σ_t b_it a_itᵀ) P_iᵀ for D `[rows, columns]`."""
+    left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
+    layout, (rows, columns) = factors.layout, sides.matrix
+    left = _apply(layout.grouped(left), None).reshape(layout.batch, -1, rows).mT
+    right = _apply(layout.grouped(right), None).reshape(layout.batch, -1, columns)
+    block = max(1, CACHED // (rows * columns))
+    parts = []
+    for start in range(0, layout.batch, block):
+        part = slice(start, start + block)
+        parts.append(_project(Dense((left[part] @ right[part]).mul_(D)), sides))  # [samples, rows, columns]
+    return torch.cat(parts)
+
+
 def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
     """`{parameter: [B, *shape]}`: the per-sample gradients of the parameters behind one use.
 
@@ -200,7 +239,10 @@ def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
     """
     dense = _dense(factors)
     if dense is None or weight.pull is None:
-        raise CoverageError("per-sample gradients that answer inner products only cannot be written out.")
+        raise CoverageError(
+            "per-sample gradients that answer inner products only (a fallback's) cannot be written out: leave the "
+            "parameters out with exclude=[...]."
+        )
     return weight.pull(dense)
 
 
@@ -208,7 +250,7 @@ def _in_own_orientation(weight: Weight, factors: Factors, param: Parameter) -> F
     """The factors as those of the parameter itself, where the used tensor is it, a cast or its transpose."""
     if isinstance(factors, (Dense, Outer, Lookup, Directional)):
         itself = param.detach()[None]
-        if weight.push({param: itself}).get(0) is itself:
+        if next(iter(weight.push({param: itself}).values()), None) is itself:
             return factors
         generator = torch.Generator(device=param.device).manual_seed(0)
         G = torch.randn(1, *param.shape, generator=generator, dtype=param.dtype, device=param.device)
@@ -228,6 +270,9 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
     if isinstance(factors, Outer):
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
         return _joined(_apply(left, sides.left), _apply(right, sides.right), factors.layout)
+    if isinstance(factors, Patches):
+        left = _apply(factors.b.flatten(2).mT, sides.left)  # [B, positions, r0]
+        return left.mT @ _apply(factors.products(sides.right), None)
     if isinstance(factors, Lookup):
         right = _apply(factors.b, sides.right)
         if sides.left is None:
@@ -237,7 +282,8 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
     dense = _dense(factors)
     if dense is None:
         raise CoverageError(
-            "per-sample gradients of a parameter that is used in this way cannot be projected."
+            "per-sample gradients that answer inner products only (a fallback's) cannot be projected: leave the "
+            "parameters out with exclude=[...]."
         )
     g = dense.reshape(len(dense), *sides.matrix)
     left = g if sides.left is None else sides.left.to(g.dtype) @ g
@@ -257,7 +303,8 @@ def _joined(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
         left, right = layout.grouped(left), layout.grouped(right)
         return left.reshape(layout.batch, -1, r0).mT @ right.reshape(layout.batch, -1, r1)
     left, right = left.movedim(layout.dim, 0), right.movedim(layout.dim, 0)
-    left, right = left.reshape(len(left), -1, r0), right.reshape(len(right), -1, r1)
+    middle = left.shape[1:-1].numel()  # named, since an expert may have no rows at all
+    left, right = left.reshape(len(left), middle, r0), right.reshape(len(right), middle, r1)
     total = left.new_zeros(layout.batch, r0, r1)
     block = max(1, ENTRIES // (r0 * r1))
     for start in range(0, len(left), block):
@@ -286,6 +333,9 @@ def _dense(factors: Factors) -> Tensor | None:
     if isinstance(factors, Outer):
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
         return _joined(_apply(left, None), _apply(right, None), factors.layout)
+    if isinstance(factors, Patches):
+        g = _apply(factors.b.flatten(2), None) @ _apply(factors.products(None), None)  # [B, p, patch]
+        return g.view(len(g), *factors.primals[factors.operand].shape)
     if isinstance(factors, Directional):
         return _differentiated(factors)
     return None

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from assay.capture.factors import Elementwise, Factors
 from assay.capture.layout import Layout
 from assay.capture.marks import Data, Mark, Weight
 from assay.capture.probe import Explain
 
-if TYPE_CHECKING:
-    from assay.capture.mode import Capture
-
-__all__ = ["RULES", "Call", "Rule", "rule", "writes_in_place"]
+__all__ = [
+    "GENERAL",
+    "RULES",
+    "Call",
+    "Rule",
+    "Watcher",
+    "input_first",
+    "name_of",
+    "operands",
+    "rule",
+    "tensors_in",
+    "writes_in_place",
+]
 
 
 def writes_in_place(
@@ -36,6 +47,94 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "
 _IN_PLACE = frozenset({"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)})
 
 
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of a torch function; that of the property (`x.T`, `x.real`) where it is one."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def input_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call whose operand was given by its name, `torch.mm(input=x, mat2=w)`, as everybody else writes it."""
+    if args or "input" not in kwargs or "condition" in kwargs:  # `torch.where(condition, input, other)`
+        return args, kwargs
+    return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensor that an argument is, or those of the list that it is."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            if isinstance(part, Tensor):
+                yield part
+
+
+def operands(args: Any, kwargs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, Any]]]:
+    """The tensors of a call in order, and the function that puts others in their places."""
+    flat, spec = torch.utils._pytree.tree_flatten((args, dict(kwargs)))
+    places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+
+    def rebuild(tensors: list[Tensor]) -> tuple[Any, Any]:
+        filled = list(flat)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        rebuilt = torch.utils._pytree.tree_unflatten(filled, spec)
+        return rebuilt[0], rebuilt[1]
+
+    return [flat[i] for i in places], rebuild
+
+
+class Watcher(Protocol):
+    """What a rule may ask of the capture that saw the call; `mode.Capture` is the one implementation."""
+
+    strict: bool
+    by_token: bool
+    probe: Tensor
+
+    def __enter__(self) -> Any:
+        """Go on watching inside: for the operations that a call is taken apart into."""
+        ...
+
+    def __exit__(self, *error: Any) -> None:
+        """No longer."""
+        ...
+
+    def mark_of(self, tensor: Tensor) -> Mark:
+        """What is known of a tensor."""
+        ...
+
+    def layout_of(self, call: Call, out: Tensor) -> Layout | None:
+        """Where the samples are in the result of a call."""
+        ...
+
+    def layout_by_shape(self, call: Call) -> Layout | None:
+        """The same for an elementwise call of two operands, before its result exists."""
+        ...
+
+    def observe(
+        self, call: Call, y: Tensor, explain: Explain, saved: Sequence[Tensor], layout: Layout | None = None
+    ) -> Tensor:
+        """`y`, watched: `explain(gy, saved)` names the weights' factored gradients once gy is known."""
+        ...
+
+    def note(
+        self, call: Call, weights: Iterable[Weight | None], y: Tensor, layout: Layout | None, rule: str
+    ) -> Tensor:
+        """Mark `y`, the result of a use that a rule watches by itself, and enter the use in the coverage."""
+        ...
+
+    def refuse(self, call: Call, weights: Iterable[Weight], reason: str) -> None:
+        """Say that a use cannot be followed."""
+        ...
+
+    def names_of(self, weight: Weight | None) -> str:
+        """The names of the parameters behind a weight."""
+        ...
+
+
 @dataclass(frozen=True)
 class Call:
     """A call `func(*args, **kwargs)` seen by the capture.
@@ -45,7 +144,7 @@ class Call:
     know; the general rule then takes over.
     """
 
-    capture: Capture
+    capture: Watcher
     func: Callable[..., Any]
     name: str
     args: tuple[Any, ...]
@@ -82,12 +181,31 @@ class Call:
         """`y`, watched: `explain(gy, saved)` names the weights' factored gradients once gy is known."""
         return self.capture.observe(self, y, explain, saved)
 
+    def spread(
+        self,
+        parts: Tensor,
+        layout: Layout,
+        shape: tuple[int, ...],
+        weight_shape: tuple[int, ...] | None = None,
+    ) -> Factors:
+        """The gradients of a weight that was broadcast to the output: their sum by sample, unless tokens are asked for.
+
+        Args:
+            parts: the gradient of the weight spread over the output, of the output's shape.
+            layout: where the samples are in it.
+            shape: of the weight, such that it broadcasts to the output.
+            weight_shape: its own, if it is another.
+        """
+        spread = Elementwise(parts, layout, shape, shape if weight_shape is None else weight_shape)
+        return spread if self.capture.by_token else spread.summed()
+
     def __str__(self) -> str:
         return self.name
 
 
 Rule = Callable[[Call], Any]
 RULES: dict[Callable[..., Any], Rule] = {}
+GENERAL: list[Rule] = []  # for any function, tried in this order where it has no rule that knows the call
 
 
 def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:

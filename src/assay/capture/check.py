@@ -1,7 +1,7 @@
 """The start-up check: one micro-batch, every parameter, against plain autograd on single samples.
 
 Independent of the user's loss: the model's outputs get random gradients R, and for every parameter p a random
-direction G_p. What the capture says of ⟨g_i, G_p⟩ must be what autograd says when sample i goes through the model
+direction G_p. What the capture says of ⟨g_i, G_p⟩ must be what autograd says of sample i's outputs
 alone; and summed over the samples it must be ⟨.grad, G_p⟩, which no unseen use of a parameter survives.
 """
 
@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from assay.capture.coverage import Coverage
 from assay.capture.fallback import FORWARD_MODE, SAMPLE_LOOP, Boundary
-from assay.capture.mode import Capture, Weights
+from assay.capture.mode import Capture
+from assay.capture.weights import Weights, constants_of
 from assay.errors import CoverageError
 from assay.targets import undisturbed
 
@@ -56,7 +57,14 @@ def check_capture(
     if not wrong:
         return
     reasons = []
-    for fallback, cost in _FALLBACKS.items():
+    if weights.stand_ins:  # a repeated pass would have to replace parameters that are gathered for each pass
+        reasons.append("under fully_shard there are none, under DistributedDataParallel there are")
+    if comparison.mixes:
+        reasons.append(
+            "a sample alone gives other outputs than in its batch, so that its loss is not its own"
+        )
+    fallbacks = {} if weights.stand_ins or comparison.mixes else _FALLBACKS
+    for fallback, cost in fallbacks.items():
         try:
             still = comparison.wrong(weights, wrong, fallback)
         except (NotImplementedError, RuntimeError, CoverageError) as error:
@@ -89,6 +97,7 @@ class _Comparison:
         self.model, self.batch = model, batch
         self.device = next(model.parameters()).device.type
         self.args, self.kwargs = args, kwargs
+        self.mixes = False  # whether a sample alone gives other outputs than in its batch
         if torch.is_autocast_enabled(
             self.device
         ):  # compared in full precision, where a difference means something
@@ -105,6 +114,7 @@ class _Comparison:
         alike = _regrouped(weights, self.model, uncovered, fallback)
         generator = torch.Generator(device=weights.params[0].device).manual_seed(0)
         directions = {p: _random(p, generator)[None] for p in weights.params}
+        leaves = [weights.used(p) for p in weights.params]
         refused: dict[Parameter, str] = {}
         full = torch.autocast(self.device, enabled=False)
         with undisturbed(self.model), torch.enable_grad(), full:
@@ -112,18 +122,16 @@ class _Comparison:
             with Boundary(self.model, alike, capture) as boundary, capture:
                 outputs = self._forward(slice(None))
             rows = sorted({0, self.batch - 1})[:SAMPLES] if self.batch > 1 else []
-            alone = {i: self._forward(slice(i, i + 1)) for i in rows}
-            same = [
-                k
-                for k, x in enumerate(outputs)
-                if all(_fits(x, k, one, len(outputs)) for one in alone.values())
-            ]
+            alone = [self._forward(slice(i, i + 1)) for i in rows]
+            same = [k for k, x in enumerate(outputs) if all(_fits(x, k, one, len(outputs)) for one in alone)]
             if not same:
                 return refused  # the model returns nothing per sample (a bare loss): there is nothing to compare with
+            pairs = [(outputs[k][i], one[k][0]) for i, one in zip(rows, alone, strict=True) for k in same]
+            self.mixes = not all(_close(x, y) for x, y in pairs)
             outputs = [outputs[k] for k in same]
             seeds = [_random(x, generator) for x in outputs]
             with capture:
-                found = _gradients(outputs, seeds, [*weights.params, capture.probe])
+                found = _gradients(outputs, seeds, [*leaves, capture.probe])
             capture.probe.grad = found[-1]
             with torch.no_grad():
                 scores = boundary.finish()
@@ -131,10 +139,10 @@ class _Comparison:
             seen = scores[:, 0]  # [groups, B]
             reason = "its per-sample gradients do not add up to .grad (a use of it was not seen)"
             wrong = dict.fromkeys(_wrong(alike, seen.sum(1), found[:-1], directions), reason)
-            for i, one in alone.items():
-                seeds_i = [seed[i : i + 1] for seed in seeds]
-                truth = _gradients([one[k] for k in same], seeds_i, weights.params)
-                reason = f"sample {i} alone gives other gradients than in its batch"
+            for i in rows:
+                again = self._forward(slice(None))
+                truth = _gradients([again[k][i] for k in same], [seed[i] for seed in seeds], leaves)
+                reason = f"what sample {i} gives is not what its own use of it gives (do the samples mix?)"
                 wrong = {**dict.fromkeys(_wrong(alike, seen[:, i], truth, directions), reason), **wrong}
         return {**wrong, **refused}
 
@@ -142,6 +150,8 @@ class _Comparison:
         def cut(x: Any) -> Any:
             return x[rows] if isinstance(x, Tensor) and x.dim() and x.shape[0] == self.batch else x
 
+        self.model.train().eval()  # a module may have kept tensors of the pass before, with their history
+        torch.manual_seed(0)  # the same masks every time; `undisturbed` puts the training run's state back
         out = self.model(*tree_map(cut, self.args), **tree_map(cut, dict(self.kwargs)))
         size = len(range(*rows.indices(self.batch)))
         leaves = [x for x in tree_leaves(_plain(out)) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -153,11 +163,17 @@ def _fits(x: Tensor, k: int, alone: list[Tensor], count: int) -> bool:
     return len(alone) == count and alone[k].shape[1:] == x.shape[1:]
 
 
+def _close(x: Tensor, y: Tensor) -> bool:
+    limit = max(TOLERANCE.get(x.dtype, 0.1), 1e-4)
+    return not bool((x - y).norm() > limit * (x.norm() + y.norm()))  # an overflow says nothing
+
+
 def _regrouped(weights: Weights, model: Module, uncovered: Mapping[Parameter, str], fallback: str) -> Weights:
     """The same parameters, each in a group of its own; those of the fallback share one, so that it runs once."""
     last = len(weights.params)
     groups = {param: last if param in uncovered else k for k, param in enumerate(weights.params)}
-    alike = Weights([(name, param) for param, name in weights.names.items()], groups, model.buffers())
+    named = [(name, param) for param, name in weights.names.items()]
+    alike = Weights(named, groups, constants_of(model), weights.stand_ins)
     alike.hand_over(uncovered, fallback)
     return alike
 

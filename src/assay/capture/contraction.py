@@ -6,7 +6,7 @@ For one linear layer with T positions per sample, widths d → p and n direction
   replaces the layer's own weight-gradient GEMM; what it adds is memory traffic, `B·p·d` entries.
 * *directional*: the output's change `a Gᵀ` along G, dotted with the output's gradient: one more GEMM per direction.
 
-The batched form works through a few samples at a time, so that their gradients stay in the cache.
+The batched form works through a few samples at a time, so that their gradients stay in the last cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CostModel:
     kept_bytes: int = (
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
-    block_bytes: int = 1 << 20  # per-sample gradients of one block: about the cache of the cores
+    block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
 
     def batched(self, batch: int, p: int, d: int, targets: int) -> float:
         """Extra seconds of the batched form over the weight-gradient GEMM that it replaces."""
@@ -52,7 +52,7 @@ class CostModel:
 
     def samples_per_block(self, p: int, d: int, itemsize: int, device_type: str) -> int:
         """How many samples' gradients to form at once."""
-        room = self.block_bytes if device_type == "cpu" else 64 * self.block_bytes
+        room = self.block_bytes if device_type == "cpu" else 8 * self.block_bytes
         return max(1, room // (p * d * itemsize))
 
 
@@ -118,7 +118,10 @@ def per_sample_gradients(a: Tensor, b: Tensor, layout: Layout) -> Tensor | None:
 
 
 def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of per-sample gradients, summed and dotted while they are in the cache.
+    """Blocks of per-sample gradients, summed and dotted before the next block is formed.
+
+    One parallel product for each block and reduction: on a CPU that others use as well, every further one is a place
+    where threads wait for each other (benchmarks/contractions.py).
 
     Args:
         a: `[B, T, d]`.
@@ -129,32 +132,17 @@ def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(a.dtype, torch.float32)
     G = directions.reshape(-1, p * d).to(wide)  # [targets, p·d]
     block = min(batch, COST.samples_per_block(p, d, a.element_size(), a.device.type))
-    if block == 1 and wide == a.dtype:
-        return _cache_by_cache(a, b, G)
     total = torch.zeros(p * d, dtype=wide, device=a.device)
     products = torch.empty(batch, G.shape[0], dtype=wide, device=a.device)
     room = torch.empty(block, p, d, dtype=a.dtype, device=a.device)
-    for start in range(0, batch, block):  # a few iterations: one per cache-full of gradients
+    ones = total.new_ones(block)
+    for start in range(0, batch, block):  # a few iterations
         stop = min(start + block, batch)
         g = torch.bmm(b[start:stop].transpose(1, 2), a[start:stop], out=room[: stop - start])
         flat = g.view(stop - start, -1).to(wide)
-        total += flat.sum(0)
-        torch.mm(flat, G.t(), out=products[start:stop])
+        total.addmv_(flat.t(), ones[: stop - start])
+        if len(G) == 1:
+            torch.mv(flat, G[0], out=products[start:stop, 0])
+        else:
+            torch.mm(flat, G.t(), out=products[start:stop])
     return total.view(p, d).to(a.dtype), products.t()
-
-
-def _cache_by_cache(a: Tensor, b: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """`_batched` where one sample's gradient fills the cache: each is summed and dotted before the next is formed.
-
-    The library's matrix-vector and inner products are faster here than a product of thin matrices
-    (benchmarks/contractions.py).
-    """
-    total = b.new_empty(b.shape[2], a.shape[2])
-    room = torch.empty_like(total)
-    products = []
-    for i in range(a.shape[0]):
-        g = torch.mm(b[i].t(), a[i], out=room if i else total).view(-1)
-        products.append(torch.dot(G[0], g) if len(G) == 1 else torch.mv(G, g))
-        if i:
-            total.view(-1).add_(g)
-    return total, torch.stack(products).view(a.shape[0], -1).t()

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,36 +30,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from assay.capture.layout import Layout
 from assay.capture.marks import Data, Directions, Weight, load_forward_mode
+from assay.capture.passes import Pass, differentiable, recorded, surroundings
+from assay.capture.weights import Weights
 from assay.errors import CoverageError
+from assay.faults import Faults
 
 if TYPE_CHECKING:
-    from assay.capture.mode import Capture, Weights
+    from assay.capture.mode import Capture
 
 __all__ = ["FORWARD_MODE", "SAMPLE_LOOP", "Boundary"]
 
 FORWARD_MODE, SAMPLE_LOOP = "forward mode", "sample loop"
-
-
-@dataclass
-class _Pass:
-    """One forward pass of the model: what is needed to repeat it, and what came back for its outputs."""
-
-    args: Any
-    kwargs: Any
-    random: Tensor
-    cuda_random: list[Tensor]
-    autocast: tuple[str, bool, torch.dtype]
-    buffers: dict[str, Tensor]
-    modes: list[bool]
-    drew_numbers: bool = False
-    places: list[int] = field(default_factory=list)  # of the outputs with a gradient, among all leaves
-    layouts: list[Layout | None] = field(default_factory=list)  # of these outputs
-    sums: list[float] = field(default_factory=list)  # of their entries: a repetition must give the same
-    gradients: dict[int, Tensor] = field(default_factory=dict)  # ∂L/∂out, by output
-
-    def came_back(self, output: int, gradient: Tensor) -> None:
-        known = self.gradients.get(output)
-        self.gradients[output] = gradient.detach().clone() if known is None else known + gradient
 
 
 class Boundary:
@@ -74,8 +54,8 @@ class Boundary:
 
     def __init__(self, model: Module, weights: Weights, capture: Capture) -> None:
         self.model, self.weights, self.capture = model, weights, capture
-        self.passes: list[_Pass] = []
-        self._open: list[_Pass | None] = []
+        self.passes: list[Pass] = []
+        self._open: list[Pass | None] = []
 
     def __enter__(self) -> Boundary:
         """Start watching. A compiled model runs eagerly inside: a compiler cannot trace through the capture."""
@@ -100,35 +80,29 @@ class Boundary:
         return not self.weights.uncovered or self.capture.paused or not torch.is_grad_enabled()
 
     def _before(self, model: Module, args: Any, kwargs: Any) -> None:
-        if self._idle():
-            self._open.append(None)
-            return
-        self._refuse_mixing()
-        device = self.weights.params[0].device
-        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        autocast = (
-            device.type,
-            torch.is_autocast_enabled(device.type),
-            torch.get_autocast_dtype(device.type),
-        )
-        with self._unseen():
-            buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-            args, kwargs = tree_map(
-                lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs))
-            )
-        modes = [module.training for module in model.modules()]
-        self._open.append(_Pass(args, kwargs, torch.get_rng_state(), cuda, autocast, buffers, modes))
+        record = None
+        with self.capture.faults.caught("at the model's inputs"):
+            if not self._idle():
+                self._refuse_mixing()
+                with self.capture.unseen():
+                    record = recorded(model, self.weights.params[0].device, args, kwargs)
+        self._open.append(record)
 
     def _after(self, model: Module, args: Any, kwargs: Any, out: Any) -> Any:
         record = self._open.pop() if self._open else None
-        if record is None:
-            return None
+        if record is not None:
+            with self.capture.faults.caught("at the model's outputs"):
+                return self._watched(record, out)
+        return None
+
+    def _watched(self, record: Pass, out: Any) -> Any:
+        """The outputs of a pass, each under a node that reads its gradient."""
         now = [torch.cuda.get_rng_state(self.weights.params[0].device)] if record.cuda_random else []
         record.drew_numbers = not torch.equal(record.random, torch.get_rng_state()) or any(
             not torch.equal(a, b) for a, b in zip(record.cuda_random, now, strict=True)
         )
         leaves, spec = tree_flatten(out)
-        places = _differentiable(leaves)
+        places = differentiable(leaves)
         if not places:
             raise self._error(
                 f"the model returns {type(out).__name__}, in which no tensor with a gradient was found"
@@ -138,9 +112,9 @@ class Boundary:
         record.places = places
         for k, (place, x) in enumerate(zip(places, outputs, strict=True)):
             record.layouts.append(self._layout(x))
-            record.sums.append(float(x.detach().double().sum()))
+            record.sums.append(x.detach().double().sum())
             leaves[place] = x.view_as(x)  # what the caller gets: its gradient is what came from outside
-            leaves[place].register_hook(_receiver(record, k, through.get(k)))
+            leaves[place].register_hook(_receiver(record, k, through.get(k), self.capture.faults))
         self.passes.append(record)
         return tree_unflatten(leaves, spec)
 
@@ -170,19 +144,11 @@ class Boundary:
                 )
             stack.extend(node[0].next_functions)
         chosen = sorted(found)
-        with self._unseen():
+        with self.capture.unseen():
             parts = (
                 torch.autograd.grad(scalar, [outputs[k] for k in chosen], retain_graph=True) if chosen else ()
             )
         return dict(zip(chosen, parts, strict=True))
-
-    @contextlib.contextmanager
-    def _unseen(self) -> Iterator[None]:
-        before, self.capture.paused = self.capture.paused, True
-        try:
-            yield
-        finally:
-            self.capture.paused = before
 
     # --- their scores ---
 
@@ -204,11 +170,11 @@ class Boundary:
         scores = torch.zeros_like(self.capture.probe) if scores is None else scores
         directions = self.capture.directions
         for weight, factors in self._uses():
-            if directions is None or self.capture.keeps(weight):
-                self.capture.kept.append((weight, factors))
-                continue
-            for group, pushed in weight.push(directions).items():
-                scores[group] += factors.dot(pushed)
+            if self.capture.keeps(weight):
+                self.capture.keep(weight, factors)
+            if directions is not None:
+                for group, pushed in weight.push(directions).items():
+                    scores[group] += factors.dot(pushed)
         return scores
 
     def _uses(self) -> Iterator[tuple[Weight, _Outside]]:
@@ -234,29 +200,21 @@ class Boundary:
         )
 
     @contextlib.contextmanager
-    def _again(self, record: _Pass) -> Iterator[None]:
+    def _again(self, record: Pass) -> Iterator[None]:
         """The random numbers and the autocast of a pass; what comes after is as it was."""
-        device, enabled, dtype = record.autocast
-        cuda = [self.weights.params[0].device] if record.cuda_random else []
         fast = torch.backends.mha.get_fastpath_enabled()
-        with torch.random.fork_rng(devices=cuda), self._unseen():
-            torch.set_rng_state(record.random)
-            if cuda:
-                torch.cuda.set_rng_state(record.cuda_random[0], cuda[0])
-            torch.backends.mha.set_fastpath_enabled(False)  # it has no derivatives
-            modules = list(self.model.modules())
-            now = [module.training for module in modules]
-            try:
-                for module, mode in zip(modules, record.modes, strict=True):
-                    module.training = mode
-                with torch.autocast(device, dtype=dtype, enabled=enabled), sdpa_kernel(SDPBackend.MATH):
-                    yield
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fast)
-                for module, mode in zip(modules, now, strict=True):
-                    module.training = mode
+        torch.backends.mha.set_fastpath_enabled(False)  # it has no derivatives
+        try:
+            with (
+                self.capture.unseen(),
+                surroundings(self.model, record, self.weights.params[0].device),
+                sdpa_kernel(SDPBackend.MATH),
+            ):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
-    def run(self, record: _Pass, values: Mapping[Parameter, Tensor], inputs: Any) -> list[Any]:
+    def run(self, record: Pass, values: Mapping[Parameter, Tensor], inputs: Any) -> list[Any]:
         """The outputs that had a gradient, with these parameter values, from copies of the buffers as they were."""
         replaced = {self.weights.names[p]: value for p, value in values.items()}
         buffers = {name: b.clone() for name, b in record.buffers.items()}
@@ -281,15 +239,12 @@ class Boundary:
                     total = total + self._where(record, k).per_sample_sum(tangent.to(total.dtype) * gradient)
         return total
 
-    def _compare(self, record: _Pass, found: Sequence[Tensor]) -> None:
+    def _compare(self, record: Pass, found: Sequence[Tensor]) -> None:
         """The repetition must have been one."""
-        pairs = zip(found, record.sums, strict=True)
-        if any(
-            abs(float(x.double().sum()) - s) > 1e-2 * (abs(s) + float(x.double().norm())) for x, s in pairs
-        ):
+        if not record.is_repeated_by(dict(enumerate(found))):
             raise self._error("the forward pass gives other outputs when it is repeated")
 
-    def _where(self, record: _Pass, k: int) -> Layout:
+    def _where(self, record: Pass, k: int) -> Layout:
         layout = record.layouts[k]
         if layout is None:
             raise self._error(f"output {k} of the model, which the loss uses, has no row per sample")
@@ -354,17 +309,13 @@ def _flattened(group: int, params: list[Parameter]) -> Callable[[Directions], di
     }
 
 
-def _differentiable(leaves: Sequence[Any]) -> list[int]:
-    return [
-        k for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
-    ]
-
-
-def _receiver(record: _Pass, output: int, through: Mapping[int, Tensor] | None) -> Callable[[Tensor], None]:
+def _receiver(
+    record: Pass, output: int, through: Mapping[int, Tensor] | None, faults: Faults
+) -> Callable[[Tensor], None]:
     """What happens with ∂L/∂output; a scalar hands it on to the outputs that it was computed from."""
 
     def receive(gradient: Tensor) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), faults.caught("in the backward pass"):
             if through is None:
                 record.came_back(output, gradient)
             for k, part in (through or {}).items():

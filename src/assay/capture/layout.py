@@ -16,7 +16,7 @@ from torch import Tensor
 
 from assay.errors import CoverageError
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "refuse_rows_of_nobody"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,8 @@ class Layout:
         unit = self.inner * rest  # consecutive elements that belong to one sample
         if self.labels is not None:
             return self._relabelled(old[self.dim], rest, new)
+        if not unit:  # nothing in it: any dimension of that size will do
+            return next((self.at(dim) for dim, size in enumerate(new) if size == old[self.dim]), None)
         for dim, size in enumerate(new):
             after = prod(new[dim + 1 :])
             if (
@@ -135,9 +137,18 @@ class Layout:
         x = x.reshape(x.shape[0], -1, *x.shape[x.dim() - keep :]).sum(1)
         out = x.new_zeros(self.batch + 1, *x.shape[1:])
         out.index_add_(0, self.labels % (self.batch + 1), x)  # rows of nobody, label -1, come last
-        if bool(out[self.batch].any()):
-            raise CoverageError(
-                "rows that belong to no sample (padding between the rows of the samples) have a gradient, so that no "
-                "sample's share is the whole; drop these rows before they reach the loss."
-            )
+        refuse_rows_of_nobody(out[self.batch])
         return out[: self.batch]
+
+
+def refuse_rows_of_nobody(total: Tensor) -> None:
+    """What rows without a sample add up to must be zero.
+
+    Raises:
+        CoverageError: it is not.
+    """
+    if bool(total.any()):
+        raise CoverageError(
+            "rows that belong to no sample (padding between the rows of the samples) have a gradient, so that no "
+            "sample's share is the whole; drop these rows before they reach the loss."
+        )

@@ -23,9 +23,15 @@ Directions = Mapping[Parameter, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A tensor that depends on the samples; `layout` is None where its entries mix them (a loss, a mean)."""
+    """A tensor that depends on the samples.
+
+    Args:
+        layout: where they are; None where its entries mix them (a loss, a mean).
+        tokens: where the positions of the sequences are, if that is followed and known.
+    """
 
     layout: Layout | None
+    tokens: Layout | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +51,14 @@ class Weight:
         push: from directions of the parameters to `{group: [targets, *shape]}`, one entry per parameter group.
         pull: the adjoint of `push`, from gradients `[B, *shape]` of this tensor to those of its parameters; None
             where only inner products are to be had.
+        derived: whether it is not the parameter itself.
     """
 
     params: tuple[Parameter, ...]
     push: Callable[[Directions], dict[int, Tensor]]
     pull: Callable[[Tensor], dict[Parameter, Tensor]] | None = None
     operations: set[str] = field(default_factory=set)
+    derived: bool = True
 
 
 Mark = Data | Constant | Weight
@@ -62,7 +70,10 @@ MIXED = Data(None)
 def leaf(param: Parameter, group: int) -> Weight:
     """The mark of a parameter itself."""
     return Weight(
-        (param,), lambda directions: {group: directions[param]}, lambda gradients: {param: gradients}
+        (param,),
+        lambda directions: {group: directions[param]},
+        lambda gradients: {param: gradients},
+        derived=False,
     )
 
 

@@ -12,69 +12,42 @@ A use for which no exact rule exists is refused by name. Nothing is skipped.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import _StopRecomputationError
 
-from assay.capture.call import RULES, Call, writes_in_place
+from assay.capture.backward import BACKWARD, run_backward
+from assay.capture.call import (
+    GENERAL,
+    RULES,
+    Call,
+    input_first,
+    name_of,
+    operands,
+    tensors_in,
+    writes_in_place,
+)
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors, apart_from
 from assay.capture.layout import Layout
-from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, leaf
-from assay.capture.operations import general_rule, open_composite
-from assay.capture.operations.general import operands
+from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive
 from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
+from assay.capture.rounding import rounded
+from assay.capture.tokens import ByToken, positions_in
 from assay.capture.track import follow
+from assay.capture.track.tokens import follow_tokens
+from assay.capture.weights import Weights
 from assay.errors import CoverageError
+from assay.faults import Faults
 
-__all__ = ["Capture", "Weights"]
-
-
-class Weights:
-    """The parameters whose per-sample gradients are wanted, each with its name and its group.
-
-    A group is a set of parameters whose scores may be added before the optimizer's scale is known (the optimizer's
-    parameter groups).
-
-    Args:
-        named: name and parameter.
-        groups: group index of each parameter.
-        constants: further tensors of the model that carry no sample (buffers).
-
-    Attributes:
-        uncovered: parameters that the fallback measures, and why.
-        fallback: which one, "forward mode" or "sample loop".
-    """
-
-    def __init__(
-        self,
-        named: Iterable[tuple[str, Parameter]],
-        groups: Mapping[Parameter, int],
-        constants: Iterable[Tensor] = (),
-    ) -> None:
-        self.names = {param: name for name, param in named}
-        self.groups = {param: groups[param] for param in self.names}
-        self.marks = {id(param): leaf(param, self.groups[param]) for param in self.names}
-        self.constants = {id(tensor): tensor for tensor in constants}  # held, so that no id is given anew
-        self.uncovered: dict[Parameter, str] = {}
-        self.fallback = ""
-        self.number_of_groups = max(self.groups.values(), default=0) + 1
-
-    def hand_over(self, params: Mapping[Parameter, str], fallback: str) -> None:
-        """Leave these parameters, each with the reason, to the fallback at the model's boundary."""
-        self.uncovered, self.fallback = dict(params), fallback
-        for param in params:
-            self.marks.pop(id(param), None)
-
-    @property
-    def params(self) -> list[Parameter]:
-        """The parameters, in order."""
-        return list(self.names)
+__all__ = ["Capture"]
 
 
 class Capture(TorchFunctionMode):
@@ -85,15 +58,25 @@ class Capture(TorchFunctionMode):
         batch: B, the number of samples.
         directions: `{parameter: [targets, *shape]}` along which per-sample gradients are measured; None measures
             nothing now.
-        keep: the parameters whose per-sample gradients are to be kept in `kept`, for a contraction later.
+        keep: the parameters whose per-sample gradients are to be kept in `kept`, for a contraction later; beside the
+            measurement along `directions`, if there is one.
+        rounded: keep them in bfloat16 where they are float32.
         strict: leave torch's own weight gradients untouched, bit for bit.
+        by_token: follow the positions of the sequences, so that what is kept can be taken apart by token (`tokens`).
+        faults: what becomes of an error in following the calls.
         coverage: where uses are noted.
         refused: collects parameters with uses that no rule follows, and why; None raises at the first.
 
     Attributes:
         probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
+        uses: how many there were, those in the backward pass (checkpoints) not counted again.
         paused: while true, calls pass unseen.
+        in_compiled_backward: while true, only calls with gradients are seen: a checkpoint that runs its forward pass
+            again.
         kept: the per-sample gradients of the parameters in `keep`, use by use.
+        takes: called with each weight and its factored gradients when the backward pass meets a use.
+        looking: takes their place, and that of all else, in a backward pass of somebody's own (`look`).
+        positions: T of the longest sequence that entered the model, where tokens are followed.
     """
 
     def __init__(
@@ -103,23 +86,30 @@ class Capture(TorchFunctionMode):
         directions: Directions | None = None,
         *,
         keep: Collection[Parameter] = (),
+        rounded: bool = False,
         strict: bool = False,
+        by_token: bool = False,
+        faults: Faults | None = None,
         coverage: Coverage | None = None,
         refused: dict[Parameter, str] | None = None,
     ) -> None:
         super().__init__()
+        self.faults = faults or Faults()
         self.weights, self.batch, self.directions = weights, batch, directions
-        self.keep, self.strict = frozenset(keep), strict
+        self.keep_params, self.rounded, self.strict = frozenset(keep), rounded, strict
         self.coverage = coverage if coverage is not None else Coverage(weights.names)
         self.refused = refused
         self.kept: list[tuple[Weight, Factors]] = []
+        self.takes: list[Callable[[Weight, Factors], None]] = []
+        self.looking: Callable[[Weight, Factors], None] | None = None
         some = next(iter(weights.params))
         targets = next(iter(directions.values())).shape[0] if directions else 1
         dtype = torch.promote_types(some.dtype, torch.float32)
         shape = (weights.number_of_groups, targets, batch)
         self.probe = torch.zeros(shape, dtype=dtype, device=some.device, requires_grad=True)
+        self.by_token, self.positions = by_token, 0
         self.uses = 0
-        self.paused = False
+        self.paused = self.in_compiled_backward = False
         self._token = object()
         self._pushed: dict[Weight, dict[int, Tensor]] = {}
 
@@ -130,11 +120,40 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run `func`, seen as the module's text says."""
         kwargs = kwargs or {}
-        if self.paused:
+        if self.paused or (self.in_compiled_backward and not torch.is_grad_enabled()):
             return func(*args, **kwargs)
-        if func in _BACKWARD:
-            return self._backward(func, args, kwargs)
-        tensors = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
+        if func in BACKWARD:
+            return run_backward(func, args, kwargs, self.probe, under=self)
+        if not self.faults.detaches:
+            return self._follow(func, args, kwargs)
+        written = (
+            args[0] if args and isinstance(args[0], Tensor) and writes_in_place(func, args, kwargs) else None
+        )
+        version = None if written is None else written._version
+        try:
+            return self._follow(func, args, kwargs)
+        except _StopRecomputationError:
+            raise  # no error: a checkpointed part has all that it was run again for
+        except Exception as error:
+            if written is not None and written._version != version:  # done before it failed
+                out: Any = None if name_of(func) == "__setitem__" else written
+            else:
+                out = func(*args, **kwargs)  # where the call itself was wrong, this raises its error
+            self.fault("in the forward pass", error)
+            return out
+
+    def fault(self, where: str, error: Exception) -> None:
+        """An error in following a call or its gradient.
+
+        Where it is not raised, what follows is watched as before: a checkpointed part that runs again must save the
+        same tensors as it did the first time.
+        """
+        self.faults.note(where, error)
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `func` and mark its result."""
+        args, kwargs = input_first(args, kwargs)
+        tensors = [t for value in (*args, *kwargs.values()) for t in tensors_in(value)]
         marks = [self.mark_of(t) for t in tensors]
         if not torch.is_grad_enabled():
             marks = [CONSTANT if isinstance(mark, Weight) else mark for mark in marks]
@@ -148,7 +167,7 @@ class Capture(TorchFunctionMode):
             ]
             if any(isinstance(mark, Data) for mark in marks):
                 return self._use(func, args, kwargs)
-        name = _name(func)
+        name = name_of(func)
         in_place = writes_in_place(func, args, kwargs) and bool(tensors)
         if in_place and any(isinstance(mark, Weight) for mark in marks):
             tensors = [
@@ -156,53 +175,26 @@ class Capture(TorchFunctionMode):
                 *tensors[1:],
             ]  # as it was: a derivative may be asked for later
         out = func(*args, **kwargs)
-        if name == "__setitem__":
-            self._set(args[0], self._mark_result(func, args, kwargs, tensors, marks, args[0], 0, None))
-        if isinstance(out, Tensor):
-            self._set(out, self._mark_result(func, args, kwargs, tensors, marks, out, 0, None))
-        elif isinstance(out, (tuple, list)):
-            for position, part in enumerate(out):
-                if isinstance(part, Tensor):
-                    mark = self._mark_result(func, args, kwargs, tensors, marks, part, position, out)
-                    self._set(part, mark)
+        with self.faults.caught("in the forward pass"):  # of what has been run: it is not run again
+            if name == "__setitem__":
+                self._set(args[0], self._mark_result(func, args, kwargs, tensors, marks, args[0], 0, None))
+            if isinstance(out, Tensor):
+                self._set(out, self._mark_result(func, args, kwargs, tensors, marks, out, 0, None))
+            elif isinstance(out, (tuple, list)):
+                for position, part in enumerate(out):
+                    if isinstance(part, Tensor):
+                        mark = self._mark_result(func, args, kwargs, tensors, marks, part, position, out)
+                        self._set(part, mark)
         return out
 
-    def _backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The backward pass, with the capture still active: activation checkpointing runs forward passes inside it.
-
-        The engine is called directly, because every public spelling would hand the call straight back here.
-        """
-        given = inspect.signature(_BACKWARD[func]).bind(
-            *args, **{_SPELLINGS.get(k, k): v for k, v in kwargs.items()}
-        )
-        given.apply_defaults()
-        call = given.arguments
-        roots = _tuple(call["tensors"])
-        seeds = _tuple(call["gradients"]) or (None,) * len(roots)
-        leaves = _tuple(call["inputs"])
-        accumulate = func is not torch.autograd.grad
-        if accumulate and leaves:
-            leaves = (*leaves, self.probe)
-        create_graph = bool(call["create_graph"])
-        retain_graph = create_graph if call["retain_graph"] is None else call["retain_graph"]
-        filled = tuple(_seed(root, seed) for root, seed in zip(roots, seeds, strict=True))
-        with self:
-            found = torch.autograd.Variable._execution_engine.run_backward(
-                roots, filled, retain_graph, create_graph, leaves,
-                allow_unreachable=accumulate or bool(call["allow_unused"]), accumulate_grad=accumulate,
-            )  # fmt: skip
-        return None if accumulate else found
-
     def _use(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = Call(self, func, _name(func), args, kwargs)
-        rule = RULES.get(func)
-        out = rule(call) if rule is not None else NotImplemented
-        if out is NotImplemented:
-            out = open_composite(call)
-        if out is NotImplemented:
-            out = general_rule(call)
+        call = Call(self, func, name_of(func), args, kwargs)
+        out = NotImplemented
+        for rule in (RULES.get(func), *GENERAL):
+            if rule is not None and (out := rule(call)) is not NotImplemented:
+                break
         if isinstance(out, Tensor) and not isinstance(self._known(out), Data):
-            self._set(out, Data(self.layout_of(call, out)))
+            self._set(out, Data(self.layout_of(call, out), self._tokens_of(call, out)))
         return None if call.name == "__setitem__" else out
 
     def _mark_result(
@@ -217,11 +209,17 @@ class Capture(TorchFunctionMode):
         parts: Sequence[Any] | None,
     ) -> Mark:
         data = [(t, m.layout) for t, m in zip(tensors, marks, strict=True) if isinstance(m, Data)]
-        if data and not _name(func).startswith(_CREATES):
+        if data and not name_of(func).startswith(_CREATES):
             if self.batch == 1:
-                return Data(Layout(0, 1, inner=out.shape[0])) if out.dim() else MIXED
-            layout = follow(_name(func), data, args, kwargs, out, position)
-            return MIXED if layout is None else Data(layout)
+                layout = Layout(0, 1, inner=out.shape[0]) if out.dim() else None
+            else:
+                layout = follow(name_of(func), data, args, kwargs, out, position)
+            if layout is None:
+                return MIXED
+            placed = self._placed(zip(tensors, marks, strict=True))
+            return Data(
+                layout, follow_tokens(name_of(func), placed, args, kwargs, out, position) if placed else None
+            )
         weights = {i: mark for i, mark in enumerate(marks) if isinstance(mark, Weight)}
         if not weights or not out.requires_grad:
             return CONSTANT
@@ -258,8 +256,38 @@ class Capture(TorchFunctionMode):
     def enter(self, tensor: Tensor) -> None:
         """An input of the model: its rows are the samples, also where the caller made it inside the step."""
         known = self._known(tensor)
-        if (known is None or known is CONSTANT) and tensor.dim() and tensor.shape[0] == self.batch:
-            self._set(tensor, Data(Layout(0, self.batch)))
+        positions = positions_in(tensor) if self.by_token else 0
+        fresh = known is None or known is CONSTANT
+        if (fresh or positions) and tensor.dim() and tensor.shape[0] == self.batch:
+            tokens = Layout(1, positions) if positions else None
+            layout = known.layout if isinstance(known, Data) else Layout(0, self.batch)
+            self._set(tensor, Data(layout, tokens))
+            self.positions = max(self.positions, positions)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Calls pass unseen inside."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def look(self, y: Tensor, gradient: Tensor, take: Callable[[Weight, Factors], None]) -> None:
+        """Run backward from `y` with another gradient, the graph kept; `take` alone gets the factored gradients."""
+        self.looking = take
+        try:
+            torch.autograd.grad(y, self.probe, gradient, retain_graph=True, allow_unused=True)
+        finally:
+            self.looking = None
+
+    def carry_over(self, before: Any, after: Any) -> None:
+        """What is known of tensors holds of their copies, made where no call was seen (a custom Function)."""
+        for x, y in zip(tree_leaves(before), tree_leaves(after), strict=False):
+            if isinstance(x, Tensor) and isinstance(y, Tensor) and x is not y and x.shape == y.shape:
+                known = self._known(x)
+                if known is not None and self._known(y) is None:
+                    self._set(y, known)
 
     def _known(self, tensor: Tensor) -> Mark | None:
         tagged = getattr(tensor, "_assay", None)
@@ -273,9 +301,23 @@ class Capture(TorchFunctionMode):
         """Where the samples are in the result of a call."""
         if self.batch == 1:
             return Layout(0, 1, inner=out.shape[0]) if out.dim() else None
-        tensors = [t for value in (*call.args, *call.kwargs.values()) for t in _tensors(value)]
+        tensors = [t for value in (*call.args, *call.kwargs.values()) for t in tensors_in(value)]
         data = [(t, mark.layout) for t in tensors if isinstance(mark := self.mark_of(t), Data)]
         return follow(call.name, data, call.args, call.kwargs, out)
+
+    def _placed(self, operands: Iterable[tuple[Tensor, Mark]]) -> list[tuple[Tensor, Layout]]:
+        """The operands in which the positions of the sequences are known."""
+        if not self.by_token:
+            return []
+        return [(t, m.tokens) for t, m in operands if isinstance(m, Data) and m.tokens is not None]
+
+    def _tokens_of(self, call: Call, out: Tensor) -> Layout | None:
+        """Where the positions of the sequences are in the result of a use."""
+        if not self.by_token:
+            return None
+        tensors = [t for value in (*call.args, *call.kwargs.values()) for t in tensors_in(value)]
+        placed = self._placed((t, self.mark_of(t)) for t in tensors)
+        return follow_tokens(call.name, placed, call.args, call.kwargs, out) if placed else None
 
     def layout_by_shape(self, call: Call) -> Layout | None:
         """`layout_of` for an elementwise call of two operands, before its result exists."""
@@ -299,6 +341,7 @@ class Capture(TorchFunctionMode):
         watch = ObserveInPlace if call.in_place else Observe
         tensors, _ = operands(call.args, call.kwargs)
         weights = tuple(mark for t in tensors if isinstance(mark := self.mark_of(t), Weight))
+        explain = self._by_token(explain, self._tokens_of(call, y)) if self.by_token else explain
         if y.requires_grad:
             y = watch.apply(y, self.probe, Use(self, explain), *saved)  # type: ignore[no-untyped-call]
         return self.note(call, weights, y, layout, call.name)
@@ -307,12 +350,20 @@ class Capture(TorchFunctionMode):
         self, call: Call, weights: Iterable[Weight | None], y: Tensor, layout: Layout | None, rule: str
     ) -> Tensor:
         """Mark the result of a use, and enter the use in the coverage."""
-        self.uses += 1
-        for weight in weights:
-            if weight is not None:
-                self.coverage.note(weight.params, call.name, rule, y)
-        self._set(y, MIXED if layout is None else Data(layout))
+        if (
+            torch._C._current_graph_task_id() == -1
+        ):  # a checkpoint's forward pass in the backward pass is no new use
+            self.uses += 1
+        with self.faults.caught("in the forward pass"):
+            for weight in weights:
+                if weight is not None:
+                    self.coverage.note(weight.params, call.name, rule, y)
+            self._set(y, MIXED if layout is None else Data(layout, self._tokens_of(call, y)))
         return y
+
+    @staticmethod
+    def _by_token(explain: Explain, tokens: Layout | None) -> Explain:
+        return lambda gy, saved: [(weight, ByToken(f, tokens)) for weight, f in explain(gy, saved)]
 
     def refuse(self, call: Call, weights: Iterable[Weight], reason: str) -> None:
         """Note, or raise an error that names, the parameters of a use that cannot be followed."""
@@ -334,120 +385,49 @@ class Capture(TorchFunctionMode):
 
     def keeps(self, weight: Weight) -> bool:
         """Whether the per-sample gradients of this weight wait for a later contraction."""
-        return not self.keep.isdisjoint(weight.params)
+        return not self.keep_params.isdisjoint(weight.params)
+
+    def keep(self, weight: Weight, factors: Factors) -> None:
+        """Keep the per-sample gradients of one use."""
+        self.kept.append((weight, rounded(factors) if self.rounded else factors))
 
     def directions_of(self, weight: Weight) -> dict[int, Tensor]:
         """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight."""
-        if self.directions is None or self.keeps(weight):
+        if self.directions is None:
             return {}
         if weight not in self._pushed:
             self._pushed[weight] = weight.push(self.directions)
         return self._pushed[weight]
 
-    def own_kept(self) -> None:
-        """After the backward pass: nothing that is kept shares memory with a `.grad`."""
-        storages = {p.grad.untyped_storage().data_ptr() for p in self.weights.params if p.grad is not None}
+    def own_kept(self, gradients: Iterable[Tensor]) -> None:
+        """After the backward pass: nothing that is kept shares memory with these, the parameters' gradients."""
+        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
         self.kept = [(weight, apart_from(factors, storages)) for weight, factors in self.kept]
 
+    def hand_on(self, weight: Weight, factors: Factors) -> None:
+        """Show a use to those who take the factored gradients as they come."""
+        for take in self.takes:
+            take(weight, factors)
+
+    def release(self) -> list[tuple[Weight, Factors]]:
+        """Hand over what was kept; the capture itself may live on, in cycles, until garbage is collected."""
+        kept, self.kept, self.directions, self._pushed = self.kept, [], None, {}
+        return kept
+
     def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
-        """`[groups, targets, B]`: the inner products of these uses; those to be kept count nothing now."""
+        """`[groups, targets, B]`: the inner products of these uses; those to be kept are."""
         scores = torch.zeros_like(like)
         for weight, factors in uses:
+            if self.looking is not None:
+                self.looking(weight, factors)
+                continue
+            self.hand_on(weight, factors)
             if self.keeps(weight):
-                self.kept.append((weight, factors))
+                self.keep(weight, factors)
             for group, directions in self.directions_of(weight).items():
                 scores[group] += factors.dot(directions)
         return scores
 
 
-def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: Tensor) -> Tensor:
-    """`[groups, targets, B]`: the inner products of kept gradients with directions that became known later.
-
-    Args:
-        kept: what the capture kept of one micro-batch.
-        directions: `{parameter: [targets, *shape]}`.
-        like: the micro-batch's own scores, `[groups, any, B]`.
-    """
-    targets = next(iter(directions.values())).shape[0]
-    scores = like.new_zeros(like.shape[0], targets, like.shape[2])
-    for weight, factors in kept:
-        for group, pushed in weight.push(directions).items():
-            scores[group] += factors.dot(pushed)
-    return scores
-
-
 # functions that take of the samples at most how many there are
 _CREATES = ("new_", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
-
-
-# The signatures of the three spellings of a backward pass, under common names.
-def _tensor_backward(
-    tensors: Any,
-    gradients: Any = None,
-    retain_graph: Any = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None: ...
-
-
-def _backward(
-    tensors: Any,
-    gradients: Any = None,
-    retain_graph: Any = None,
-    create_graph: bool = False,
-    grad_variables: Any = None,
-    inputs: Any = None,
-) -> None: ...
-
-
-def _grad(
-    tensors: Any,
-    inputs: Any,
-    gradients: Any = None,
-    retain_graph: Any = None,
-    create_graph: bool = False,
-    only_inputs: bool = True,
-    allow_unused: bool | None = None,
-    **others: Any,
-) -> None: ...
-
-
-_BACKWARD: dict[Callable[..., Any], Callable[..., None]] = {
-    Tensor.backward: _tensor_backward,
-    torch.autograd.backward: _backward,
-    torch.autograd.grad: _grad,
-}
-_SPELLINGS = {
-    "gradient": "gradients",
-    "grad_tensors": "gradients",
-    "grad_outputs": "gradients",
-    "outputs": "tensors",
-}
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return () if value is None else (value,) if isinstance(value, Tensor) else tuple(value)
-
-
-def _seed(root: Tensor, gradient: Tensor | None) -> Tensor | None:
-    if gradient is not None or not root.requires_grad:
-        return gradient
-    if root.numel() != 1:
-        raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    return torch.ones_like(root, memory_format=torch.preserve_format)
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            if isinstance(part, Tensor):
-                yield part
-
-
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":  # a property: x.T, x.mT, x.real, …
-        name = getattr(getattr(func, "__self__", None), "__name__", name)
-    return name

@@ -43,6 +43,20 @@ class Recorder(Protocol):
         """Whether the per-sample gradients of this weight are kept for a later contraction."""
         ...
 
+    def keep(self, weight: Weight, factors: Factors) -> None:
+        """Keep the per-sample gradients of one use."""
+        ...
+
+    def hand_on(self, weight: Weight, factors: Factors) -> None:
+        """Show a use to those who take the factored gradients as they come; `record` does so itself."""
+        ...
+
+    def fault(self, where: str, error: Exception) -> None:
+        """Raise an error of the capture's own, or stop recording."""
+        ...
+
+    looking: Callable[[Weight, Factors], None] | None
+
 
 @dataclass(frozen=True)
 class Use:
@@ -68,8 +82,11 @@ class Observe(torch.autograd.Function):
         """The gradient unchanged for `y`, the scores for the probe."""
         saved = ctx.saved_tensors  # under the capture: reading them may run a checkpoint's forward pass again
         with torch._C.DisableTorchFunction():
-            uses = ctx.use.explain(gy, saved)
-            scores = ctx.use.recorder.record(uses, ctx.like)
+            try:
+                scores = ctx.use.recorder.record(ctx.use.explain(gy, saved), ctx.like)
+            except Exception as error:
+                ctx.use.recorder.fault("in the backward pass", error)
+                scores = torch.zeros_like(ctx.like)
         return (gy, scores, None, *(None for _ in saved))
 
 
@@ -124,7 +141,11 @@ class ObservedLinear(torch.autograd.Function):
             gx = None
             if ctx.needs_input_grad[0]:
                 gx = F.linear(gy, weight if ctx.transposed else weight.t())
-            gw, gb, scores = _linear_backward(ctx, x, gy)
+            try:
+                gw, gb, scores = _linear_backward(ctx, x, gy)
+            except Exception as error:
+                ctx.recorder.fault("in the backward pass", error)
+                gw, gb, scores = _plain_gradients(ctx, x, gy)
         return gx, gw, gb, scores, None, None, None, None
 
 
@@ -140,6 +161,13 @@ def _linear_backward(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Te
     on_weight, on_bias = ctx.marks
     scores = torch.zeros_like(ctx.like)
     gw = gb = None
+    if recorder.looking is not None:  # only the factored gradients are wanted
+        uses: list[tuple[Weight, Factors]] = []
+        if on_weight is not None:
+            uses.append((on_weight, Outer(x, gy, ctx.layout, ctx.transposed)))
+        if on_bias is not None:
+            uses.append((on_bias, Dense(ctx.layout.per_sample_sum(gy, keep=1))))
+        return None, None, recorder.record(uses, ctx.like)
     if ctx.needs_input_grad[1]:
         gw = _weight_backward(recorder, on_weight, x, gy, ctx, scores)
     if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -150,6 +178,15 @@ def _linear_backward(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Te
     return gw, gb, scores
 
 
+def _plain_gradients(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of W and b alone."""
+    a, b = (gy, x) if ctx.transposed else (x, gy)
+    flat = gy.reshape(-1, gy.shape[-1])
+    gw = b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1]) if ctx.needs_input_grad[1] else None
+    gb = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return gw, gb, torch.zeros_like(ctx.like)
+
+
 def _weight_backward(
     recorder: Recorder, weight: Weight | None, x: Tensor, gy: Tensor, ctx: Any, scores: Tensor
 ) -> Tensor:
@@ -158,15 +195,17 @@ def _weight_backward(
     if weight is not None and recorder.keeps(weight):
         per_sample = per_sample_gradients(a, b, ctx.layout)
         if per_sample is not None:
-            recorder.record([(weight, Dense(per_sample))], ctx.like)
+            scores += recorder.record([(weight, Dense(per_sample))], ctx.like)
             return per_sample.sum(0)
-        recorder.record([(weight, Outer(x, gy, ctx.layout, ctx.transposed))], ctx.like)
+        recorder.keep(weight, Outer(x, gy, ctx.layout, ctx.transposed))
+    if weight is not None:
+        recorder.hand_on(weight, Outer(x, gy, ctx.layout, ctx.transposed))
     groups = recorder.directions_of(weight) if weight is not None else {}
     if len(groups) == 1:
         ((group, directions),) = groups.items()
         gw, products = weight_gradient_and_products(a, b, ctx.layout, directions)
         scores[group] += products
         return gw
-    if weight is not None and groups:
-        scores += recorder.record([(weight, Outer(x, gy, ctx.layout, ctx.transposed))], ctx.like)
+    for group, directions in groups.items():
+        scores[group] += Outer(x, gy, ctx.layout, ctx.transposed).dot(directions)
     return b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1])

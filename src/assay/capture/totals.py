@@ -1,78 +1,136 @@
-"""The totals of the first micro-batch: the per-sample gradients must add up to `.grad`, with the user's own loss.
+"""The totals of the first step: the per-sample gradients must add up to `.grad`, with the user's own loss.
 
-No unseen use of a parameter survives this, whatever the model returns: Σ_i ⟨g_i, G⟩ = ⟨.grad, G⟩ for a random G.
+No unseen use of a parameter survives this, whatever the model returns: Σ_i ⟨g_i, G⟩ = ⟨.grad, G⟩ for a random G. Where
+several processes train together, the samples of all of them must add up to the reduced gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from assay.capture.factors import Factors
-from assay.capture.marks import Weight
-from assay.capture.mode import Weights, contract
+from assay.capture.marks import Directions, Weight
+from assay.capture.weights import Weights
 from assay.errors import CoverageError
 
-__all__ = ["check_totals", "gradients_of"]
+__all__ = ["Processes", "Totals"]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}  # of ‖.grad‖·rms(G); half precision: 0.1
 
-
-def gradients_of(weights: Weights) -> dict[Parameter, Tensor]:
-    """Copies of the gradients as they stand, for those parameters that have one."""
-    return {p: p.grad.clone() for p in weights.params if p.grad is not None}
+Kept = list[tuple[Weight, Factors]]
 
 
-@torch.no_grad()
-def check_totals(
-    weights: Weights, kept: list[tuple[Weight, Factors]], like: Tensor, before: Mapping[Parameter, Tensor]
-) -> None:
-    """Compare what was kept of a micro-batch with what its backward pass added to `.grad`.
+class Processes(Protocol):
+    """What the check must know of the processes that train together; `distributed.OneProcess` says what is what."""
+
+    @property
+    def share(self) -> float:
+        """What a sample's gradient is multiplied by when the gradients are reduced."""
+
+    @property
+    def hint(self) -> str:
+        """What may be wrong where the samples do not add up to the gradient."""
+
+    def contract(self, kept: Kept, directions: Directions, like: Tensor) -> Tensor:
+        """Inner products of kept gradients with directions as a process holds them."""
+
+    def held(self, x: Tensor) -> Tensor:
+        """What this process holds of a parameter or its gradient."""
+
+    def part(self, whole: Tensor, param: Parameter) -> Tensor:
+        """What this process holds of a tensor of the parameter's whole shape."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the processes."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Inner products of whole tensors from those of the parts."""
+
+
+class Totals:
+    """Compares what was kept of the micro-batches of a step with what their backward passes left in `.grad`.
+
+    Made before the first micro-batch: what `.grad` holds then is not theirs.
 
     Args:
         weights: the watched parameters.
-        kept: the per-sample gradients of all their uses.
-        like: scores of the micro-batch, `[groups, any, B]`.
-        before: the gradients before the micro-batch.
-
-    Raises:
-        CoverageError: names the parameters for which they differ.
+        processes: that train together.
     """
-    added = {p: p.grad - before[p] if p in before else p.grad for p in weights.params if p.grad is not None}
-    if not all(bool(torch.isfinite(g).all()) for g in added.values()):
-        return  # a step that overflowed says nothing
-    random = {p: _random(p) for p in weights.params}
-    if _agree(contract(kept, random, like).sum(), added, random):
-        return
-    zero = {p: torch.zeros_like(random[p]) for p in weights.params}
-    wrong = [
-        name
-        for p, name in weights.names.items()
-        if p in added
-        and not _agree(contract(kept, {**zero, p: random[p]}, like).sum(), {p: added[p]}, {p: random[p]})
-    ]
-    if wrong:
-        raise CoverageError(
-            f"the per-sample gradients of {', '.join(wrong)} do not add up to .grad: a use of it was not seen. Is it "
-            "used inside a custom autograd.Function, through a copy made outside run.step, or in a term of the loss "
-            f"that is no sample's? Use a plain torch operation, or pass exclude={wrong} (scores are then partial)."
+
+    @torch.no_grad()
+    def __init__(self, weights: Weights, processes: Processes) -> None:
+        self.weights, self.processes = weights, processes
+        self._before = self._gradients()
+        self._kept: list[tuple[Kept, Tensor]] = []
+
+    def add(self, kept: Kept, like: Tensor) -> None:
+        """One more micro-batch: the per-sample gradients of all uses, and its scores `[groups, any, B]`."""
+        self._kept.append((kept, like))
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare, once the last backward pass has reduced the gradients over the processes.
+
+        Raises:
+            CoverageError: names the parameters for which they differ.
+        """
+        before, _ = self._before
+        after, squares = self._gradients()
+        if not bool(torch.isfinite(after).all() & torch.isfinite(squares).all()):
+            return  # a step that overflowed says nothing
+        added = after - self.processes.total(before) * self.processes.share
+        directions = {p: self.processes.part(_random(p), p)[None] for p in self.weights.params}
+        if _agree(self._seen(directions), added.sum(), squares.sum().sqrt(), self._tolerance()):
+            return
+        zero = {p: torch.zeros_like(direction) for p, direction in directions.items()}
+        wrong = [
+            name
+            for k, (p, name) in enumerate(self.weights.names.items())
+            if not _agree(
+                self._seen({**zero, p: directions[p]}), added[k], squares[k].sqrt(), self._tolerance([p])
+            )
+        ]
+        if wrong:
+            raise CoverageError(
+                f"the per-sample gradients of {', '.join(wrong)} do not add up to .grad: a use of it was not seen. Is "
+                "it used inside a custom autograd.Function, through a copy made outside run.step, or in a term of the "
+                f"loss that is no sample's? Use a plain torch operation, or pass exclude={wrong} (scores are then "
+                f"partial).{self.processes.hint}"
+            )
+
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """`[parameters]` ⟨.grad, G⟩ and ‖.grad‖², zero where there is none."""
+        found = []
+        for p in self.weights.params:
+            g = torch.zeros((), device=p.device) if p.grad is None else self.processes.held(p.grad).detach()
+            wide = g.to(torch.promote_types(p.dtype, torch.float32))
+            G = self.processes.part(_random(p), p) if p.grad is not None else wide
+            found.append(torch.stack([(wide * G.to(wide.dtype)).sum(), wide.square().sum()]).double())
+        products, squares = self.processes.whole(torch.stack(found, 1))
+        return products, squares
+
+    def _seen(self, directions: Mapping[Parameter, Tensor]) -> Tensor:
+        """Σ_i ⟨g_i, G⟩ over the samples of all processes, as it is in the reduced gradient."""
+        own = [self.processes.contract(kept, directions, like).sum().double() for kept, like in self._kept]
+        return self.processes.total(torch.stack(own).sum()) * self.processes.share
+
+    def _tolerance(self, params: Sequence[Parameter] | None = None) -> float:
+        some = self.weights.params if params is None else params
+        return max(
+            (TOLERANCE.get(self.weights.used(p).dtype, 0.1) for p in some if p.grad is not None), default=0.1
         )
 
 
-def _agree(seen: Tensor, added: Mapping[Parameter, Tensor], random: Mapping[Parameter, Tensor]) -> bool:
-    wide = torch.promote_types(seen.dtype, torch.float32)
-    truth = sum(
-        ((g.to(wide) * random[p][0].to(wide)).sum() for p, g in added.items()), torch.zeros((), dtype=wide)
-    )
-    size = torch.stack([g.to(wide).norm() for g in added.values()]).norm() if added else torch.zeros(())
-    tolerance = max((TOLERANCE.get(p.dtype, 0.1) for p in added), default=0.1)
-    return bool((seen - truth).abs() <= tolerance * size + 1e-30)
+def _agree(seen: Tensor, added: Tensor, size: Tensor, tolerance: float) -> bool:
+    return bool((seen - added).abs() <= tolerance * size + 1e-30)
 
 
 def _random(param: Parameter) -> Tensor:
-    """`[1, *shape]`: a random direction, from a generator of its own."""
+    """A random direction of the parameter's whole shape, from a generator of its own."""
     generator = torch.Generator(device=param.device).manual_seed(param.numel())
-    return torch.randn(1, *param.shape, generator=generator, dtype=param.dtype, device=param.device)
+    return torch.randn(param.shape, generator=generator, dtype=param.dtype, device=param.device)

@@ -1,7 +1,8 @@
 """Convolutions: the unfolded input turns them into a linear layer over patches.
 
 g_i = Σ_l b_il ⊗ a_il with l the output positions and a_il the patch under the kernel (group by group). Inner products
-with known directions need no unfolding: they take one more convolution per direction.
+with known directions need no unfolding: they take one more convolution per direction; and the patches' products with
+the rows of a projection are a convolution with these rows for kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from assay.capture.call import Call, rule
-from assay.capture.factors import Dense, Directional
+from assay.capture.factors import Directional, Patches
 
 
 @rule(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -35,10 +36,11 @@ def convolution(call: Call) -> Any:
             def moved(w: Tensor) -> Tensor:
                 return func(inputs, w, None, *rest, **options)  # type: ignore[no-any-return]
 
-            uses.append((on_weight, Directional(moved, [weight.detach().to(gy.dtype)], 0, gy, layout)))
+            kind = Patches if weight.shape[1] == inputs.shape[1] else Directional  # one group, or several
+            uses.append((on_weight, kind(moved, [weight.detach().to(gy.dtype)], 0, gy, layout)))
         if on_bias is not None:
-            channels = gy.movedim(1, -1)  # [B, ..., p]
-            uses.append((on_bias, Dense(layout.per_sample_sum(channels, keep=1))))
+            width = gy.shape[1]
+            uses.append((on_bias, call.spread(gy, layout, (width, *(1,) * (gy.dim() - 2)), (width,))))
         return uses
 
     return call.observe(call.run(), explain, *([x] if on_weight is not None else []))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.capture.call import Call, rule
-from assay.capture.factors import Dense
+from assay.capture.factors import Factors
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 
@@ -49,8 +49,8 @@ def mul(call: Call) -> Any:
         return NotImplemented
     shape = tuple(weight.shape)
 
-    def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Dense]]:
-        return [(mark, Dense(_sum_to(gy * saved[0], layout, shape)))]
+    def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Factors]]:
+        return [(mark, call.spread(gy * saved[0], layout, shape))]
 
     return call.observe(y, explain, x)
 
@@ -66,9 +66,8 @@ def _shift(call: Call, signs: tuple[float, float]) -> Any:
         return NotImplemented
     sign = signs[position]
 
-    def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Dense]]:
-        total = _sum_to(gy, layout, shape)
-        return [(mark, Dense(total if sign == 1 else total * sign))]
+    def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Factors]]:
+        return [(mark, call.spread(gy if sign == 1 else gy * sign, layout, shape))]
 
     return call.observe(call.run(), explain)
 
@@ -88,13 +87,3 @@ def _broadcasts(weight: Tensor, layout: Layout, y: Tensor) -> bool:
     """Whether every sample uses all of the weight: it has no extent along the samples' own dimension."""
     dim = layout.dim - y.dim() + weight.dim()
     return weight.dim() <= y.dim() and (dim < 0 or weight.shape[dim] == 1)
-
-
-def _sum_to(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
-    """`[B, *shape]`: x summed over a sample's rows and over the dimensions that broadcasting added."""
-    padded = (1,) * (x.dim() - len(shape)) + shape
-    rest = padded[: layout.dim] + padded[layout.dim + 1 :]  # w has no extent along the samples' dimension
-    x = x.movedim(layout.dim, 0)
-    dims = [d + 1 for d, size in enumerate(rest) if size == 1 and x.shape[d + 1] != 1]
-    x = x.sum(dims, keepdim=True) if dims else x
-    return layout.at(0).per_sample_sum(x, keep=x.dim() - 1).reshape(layout.batch, *shape)

@@ -6,15 +6,13 @@ long as the rows of its output belong to known samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from assay.capture.call import Call
+from assay.capture.call import Call, operands
 from assay.capture.factors import Directional
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
@@ -52,18 +50,3 @@ def general_rule(call: Call) -> Any:
         return [(mark, Directional(apply, primals, i, gy, where)) for i, mark in weights.items()]
 
     return call.observe(y, explain, *tensors)
-
-
-def operands(args: Any, kwargs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, Any]]]:
-    """The tensors of a call in order, and the function that puts others in their places."""
-    flat, spec = torch.utils._pytree.tree_flatten((args, dict(kwargs)))
-    places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
-
-    def rebuild(tensors: list[Tensor]) -> tuple[Any, Any]:
-        filled = list(flat)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        rebuilt = torch.utils._pytree.tree_unflatten(filled, spec)
-        return rebuilt[0], rebuilt[1]
-
-    return [flat[i] for i in places], rebuild

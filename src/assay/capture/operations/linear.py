@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.capture.call import Call, rule
-from assay.capture.factors import Dense, Outer
+from assay.capture.factors import Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.probe import ObservedLinear
@@ -54,7 +54,7 @@ def _linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transpos
     ):
         return NotImplemented
     x, weight, bias = _autocast(x, weight, bias)
-    if call.capture.strict or not weight.requires_grad:
+    if call.capture.strict or call.capture.by_token or not weight.requires_grad:
         return _watched(call, x, weight, bias, (on_weight, on_bias), layout, transposed)
     y = ObservedLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, call.capture.probe, call.capture, (on_weight, on_bias), layout, transposed
@@ -71,7 +71,7 @@ def _watched(
     layout: Layout,
     transposed: bool,
 ) -> Tensor:
-    """The call as torch makes it, its own weight gradient untouched (`strict`, frozen weights)."""
+    """The call as torch makes it, its own weight gradient untouched (`strict`, `by_token`, frozen weights)."""
     on_weight, on_bias = marks
 
     def explain(gy: Tensor, saved: Any) -> list[Any]:
@@ -79,7 +79,7 @@ def _watched(
         if on_weight is not None:
             uses.append((on_weight, Outer(saved[0].to(gy.dtype), gy, layout, transposed)))
         if on_bias is not None:
-            uses.append((on_bias, Dense(layout.per_sample_sum(gy, keep=1))))
+            uses.append((on_bias, call.spread(gy, layout, (gy.shape[-1],))))
         return uses
 
     return call.observe(call.run(), explain, *([x] if on_weight is not None else []))

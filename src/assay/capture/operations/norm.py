@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.capture.call import Call, rule
-from assay.capture.factors import Dense
 
 
 @rule(F.layer_norm, torch.layer_norm)
@@ -34,7 +33,8 @@ def rms_norm(call: Call) -> Any:
 def _norm(call: Call, shape: Any, bias: Tensor | None, normalise: Any) -> Any:
     x, weight = call.args[0], call.argument(2, "weight")
     layout, on_weight, on_bias = call.layout(x), call.weight(weight), call.weight(bias)
-    keep = 1 if isinstance(shape, int) else len(shape)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    keep = len(shape)
     if layout is None or layout.dim >= x.dim() - keep:
         return NotImplemented
     if call.layout(weight) is not None or call.layout(bias) is not None:
@@ -44,9 +44,9 @@ def _norm(call: Call, shape: Any, bias: Tensor | None, normalise: Any) -> Any:
         uses: list[Any] = []
         if on_weight is not None:
             normal = normalise(saved[0]).to(gy.dtype)
-            uses.append((on_weight, Dense(layout.per_sample_sum(gy * normal, keep))))
+            uses.append((on_weight, call.spread(gy * normal, layout, shape)))
         if on_bias is not None:
-            uses.append((on_bias, Dense(layout.per_sample_sum(gy, keep))))
+            uses.append((on_bias, call.spread(gy, layout, shape)))
         return uses
 
     return call.observe(call.run(), explain, *([x] if on_weight is not None else []))
@@ -95,14 +95,15 @@ def _channel_norm(
     layout, on_weight, on_bias = call.layout(x), call.weight(weight), call.weight(bias)
     if layout is None or layout.dim != 0 or call.layout(weight) is not None or call.layout(bias) is not None:
         return NotImplemented
+    along = (x.shape[1], *(1,) * (x.dim() - 2))
 
     def explain(gy: Tensor, saved: Any) -> list[Any]:
         uses: list[Any] = []
         if on_weight is not None:
             product = gy * normalise(saved[0]).to(gy.dtype)
-            uses.append((on_weight, Dense(layout.per_sample_sum(product.movedim(1, -1), keep=1))))
+            uses.append((on_weight, call.spread(product, layout, along, (x.shape[1],))))
         if on_bias is not None:
-            uses.append((on_bias, Dense(layout.per_sample_sum(gy.movedim(1, -1), keep=1))))
+            uses.append((on_bias, call.spread(gy, layout, along, (x.shape[1],))))
         return uses
 
     return call.observe(call.run(), explain, *([x] if on_weight is not None else []))

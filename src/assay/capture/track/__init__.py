@@ -19,7 +19,7 @@ from assay.capture.track.indexing import PICKS, picked_by, written
 from assay.capture.track.joins import JOINS
 from assay.capture.track.moves import MOVES
 
-__all__ = ["follow", "written"]
+__all__ = ["ALONG", "follow", "written"]
 
 
 def follow(
@@ -112,14 +112,14 @@ def _broadcast(
 ) -> Layout | None:
     if out.dim() < x.dim():
         return _reduced(name, layout, x, args, kwargs, out)
-    if name in _ALONG and _along(name, x, args, kwargs) == layout.dim:
+    if name in ALONG and _along(name, x, args, kwargs) == layout.dim:
         return None
     dim = layout.dim if name in _APPENDS else layout.dim + out.dim() - x.dim()
     return layout.at(dim) if out.shape[dim] == x.shape[layout.dim] else None
 
 
 def _along(name: str, x: Tensor, args: Args, kwargs: Kwargs) -> int | None:
-    dim = kwargs.get("dim", args[_ALONG[name]] if len(args) > _ALONG[name] else None)
+    dim = kwargs.get("dim", args[ALONG[name]] if len(args) > ALONG[name] else None)
     return dim % x.dim() if isinstance(dim, int) and not isinstance(dim, bool) and x.dim() else None
 
 
@@ -143,7 +143,7 @@ _WRITES = ("__setitem__", "index_add", "index_copy", "scatter")
 # functions whose second argument is not the dimension
 _SECOND = frozenset({"norm", "quantile", "nanquantile", "kthvalue"})
 # functions that run along a dimension and keep its size, with the position of the argument `dim`
-_ALONG = {
+ALONG = {
     **dict.fromkeys(
         ("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), 1
     ),

@@ -27,6 +27,18 @@ class Lion(Optimizer):
                 p.data.sub_(group["lr"] * p.grad.sign())
 
 
+class Sophia(Lion):
+    """Clips the preconditioned momentum entry by entry."""
+
+
+class SAM(Lion):
+    """Two gradients per step, the second at weights that were moved uphill."""
+
+
+class MyLion(Lion):
+    """Somebody's own, by inheritance."""
+
+
 class Lookahead(Optimizer):
     """Holds an ``optimizer``, but does more than hand the step on."""
 
@@ -52,6 +64,9 @@ def weights(*shape: int) -> list[Parameter]:
 
 REFUSED = {
     "Lion": lambda: Lion(weights()),
+    "MyLion": lambda: MyLion(weights()),
+    "Sophia": lambda: Sophia(weights()),
+    "SAM": lambda: SAM(weights()),
     "Lookahead": lambda: Lookahead(Adam(weights())),
     "LBFGS": lambda: torch.optim.LBFGS(weights()),
     "Rprop": lambda: torch.optim.Rprop(weights()),
@@ -60,6 +75,15 @@ REFUSED = {
     "Adamax": lambda: torch.optim.Adamax(weights()),
     "Adadelta": lambda: torch.optim.Adadelta(weights()),
     "Muon": lambda: torch.optim.Muon(weights()),
+}
+REASONS = {
+    "Lion": "it moves by the signs of its averages",
+    "MyLion": "it moves by the signs of its averages",
+    "Sophia": "it clips its update entry by entry",
+    "SAM": "it takes the gradient at other weights than those that it moves",
+    "LBFGS": "its direction comes from a history of steps",
+    "Rprop": "it moves by the signs of its averages",
+    "Muon": "it orthogonalises the momentum of a whole matrix",
 }
 
 
@@ -70,7 +94,10 @@ def test_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedOptimizerError) as refusal:
         model_of(REFUSED[name]())
     message = str(refusal.value)
-    assert f".{name} has no linear model: its update is not linear in the gradient, or not known" in message
+    assert (
+        f".{name} has no linear model: {REASONS.get(name, 'its update is not linear in the gradient, or')}"
+        in message
+    )
     assert "SGD, Adam, AdamW, NAdam, RAdam, Adagrad, RMSprop, Adafactor" in message
     assert 'optimizer_model="sgd"' in message
     assert "\n" not in message

@@ -166,6 +166,11 @@ class OptimizerModel(ABC):
         weight_decay, decoupled = self._weight_decay(self._group(param))
         return not decoupled and not _is_zero(weight_decay)
 
+    def decay(self, param: Tensor) -> tuple[float, bool]:
+        """Return the weight decay λ, and whether it is decoupled from the gradient."""
+        weight_decay, decoupled = self._weight_decay(self._group(param))
+        return float(weight_decay), decoupled
+
     def momentum_decay(self, param: Tensor) -> float:
         """Return β₁ (or μ), by which a gradient's weight shrinks from step to step; 0.0 without momentum."""
         return float(self._momentum(self._group(param)))

@@ -32,6 +32,21 @@ _MODELS: dict[type[Optimizer], type[OptimizerModel]] = {
     torch.optim.Adafactor: Adafactor,
 }
 
+# Why a family has no linear model, by the names that its implementations go by.
+_REASONS = {
+    **dict.fromkeys(
+        ("Muon", "SingleDeviceMuon", "MuonWithAuxAdam"), "it orthogonalises the momentum of a whole matrix"
+    ),
+    **dict.fromkeys(
+        ("Lion", "SignSGD", "Signum", "Rprop"), "it moves by the signs of its averages, not by their size"
+    ),
+    **dict.fromkeys(("Sophia", "SophiaG", "SophiaH"), "it clips its update entry by entry"),
+    **dict.fromkeys(
+        ("SAM", "ASAM", "GSAM"), "it takes the gradient at other weights than those that it moves"
+    ),
+    "LBFGS": "its direction comes from a history of steps and gradients, its length from a line search",
+}
+
 # Wrappers that hand the step on unchanged, by package and class: they need not be installed. Others, such
 # as Lookahead, also hold an `.optimizer` but change its step.
 _WRAPPERS = {
@@ -89,7 +104,10 @@ def model_of(optimizer: Optimizer, override: Literal["sgd"] | None = None) -> Op
             if _step_of(type(optimizer)) is not _step_of(base):
                 raise _refusal(optimizer, f"it overrides {base.__name__}.step")
             return _MODELS[base](optimizer)
-    raise _refusal(optimizer, "its update is not linear in the gradient, or not known here")
+    known = [_REASONS[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in _REASONS]
+    raise _refusal(
+        optimizer, known[0] if known else "its update is not linear in the gradient, or not known here"
+    )
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import InputError, StoreError
-from assay.rows import DTYPES, Folder, RowDtype, RowReader, RowWriter
+from assay.rows import DTYPES, Background, Folder, RowDtype, RowReader, RowWriter, Share, join, products
 
 WIDTH = 6
 BLOCKS = [(0, 4), (4, 6)]
@@ -175,3 +175,84 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         RowWriter(Folder(tmp_path / "file" / "rows"), WIDTH)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("n", [11, 8, 3])
+def test_several_writers_leave_the_bytes_of_one(dtype: RowDtype, parts: int, n: int, tmp_path: Path) -> None:
+    filled(Folder(tmp_path / "one"), dtype, n=n)
+    folder = Folder(tmp_path / "several")
+    for part in reversed(range(parts)):
+        share = Share(part, parts)
+        writer = RowWriter(folder, WIDTH, dtype, BLOCKS, shard=4, share=share)
+        for _, start, stop in share.own(0, n, 4):
+            writer.append(table(start, stop), rows(n)[start:stop])
+        if part:
+            writer.close()
+    with pytest.raises(StoreError, match="part 0 of"):
+        join(folder, parts)
+    writer.close()
+    join(folder, parts)
+    assert content(tmp_path / "several") == content(tmp_path / "one")
+    join(folder, parts)
+
+
+def test_a_part_of_other_examples_is_refused(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for part, n in ((0, 11), (1, 6)):
+        share = Share(part, 2)
+        writer = RowWriter(folder, WIDTH, "fp32", BLOCKS, shard=4, share=share)
+        for _, start, stop in share.own(0, n, 4):
+            writer.append(table(start, stop), rows(11)[start:stop])
+        writer.close()
+    with pytest.raises(StoreError, match="part 0 has 7 rows where 5 were expected"):
+        join(folder, 2)
+    with pytest.raises(InputError, match="part 2 of 2"):
+        Share(2, 2)
+
+
+def test_the_background_raises_what_happened_there() -> None:
+    done: list[int] = []
+
+    def call(n: int) -> None:
+        if n == 3:
+            raise StoreError("the disk is full")
+        done.append(n)
+
+    def calls(numbers: range, waiting: int, stop: bool = False) -> None:
+        with Background(call, waiting) as background:
+            for n in numbers:
+                background.put(n)
+            if stop:
+                raise KeyError
+
+    with pytest.raises(StoreError, match="full"):
+        calls(range(100), 1)
+    assert done == [0, 1, 2]
+    with pytest.raises(StoreError, match="full"):
+        calls(range(3, 4), 2)
+    with pytest.raises(KeyError):
+        calls(range(3, 4), 2, stop=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_those_of_the_rows(dtype: RowDtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(None)
+    filled(folder, dtype)
+    reader = RowReader(folder)
+    whole = reader.read(0, 11)
+    monkeypatch.setattr(RowReader, "piece_rows", lambda self: 4)
+    monkeypatch.setitem(products.__globals__, "BLOCK_BYTES", 3 * WIDTH * 4)
+    directions = torch.randn(3, WIDTH, dtype=whole.dtype)
+    columns = [slice(a, b) for a, b in BLOCKS]
+    for parts in (None, columns):
+        found = [(s, x, n) for s, x, n in products(reader, directions, parts, lengths=True)]
+        assert [s for s, _, _ in found] == [0, 4, 8]
+        scores = torch.cat([x for _, x, _ in found], 1)
+        if parts is not None:
+            apart = [directions[:, c] @ whole[:, c].t() for c in columns]
+            torch.testing.assert_close(scores, torch.stack(apart, 2))
+        else:
+            torch.testing.assert_close(scores, directions @ whole.t())
+        torch.testing.assert_close(torch.cat([n for _, _, n in found if n is not None]), whole.norm(dim=1))

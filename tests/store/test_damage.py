@@ -126,8 +126,8 @@ def test_a_part_that_goes_bad_while_the_ledger_is_open_is_named(run: Path) -> No
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda h: h | {"version": 2}, "has format version 2, newer than this assay's 1: upgrade assay"),
-        (lambda h: h | {"version": 10**30}, "newer than this assay's 1"),
+        (lambda h: h | {"version": 3}, "has format version 3, newer than this assay's 2: upgrade assay"),
+        (lambda h: h | {"version": 10**30}, "newer than this assay's 2"),
         (lambda h: h | {"targets": ["t", "u"]}, "does not match its checksum"),
         (lambda h: {k: v for k, v in h.items() if k != "crc32"}, "does not match its checksum"),
         (lambda h: h | {"format": 3}, "is not that of a run"),

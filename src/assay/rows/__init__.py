@@ -6,12 +6,26 @@
     table/part-000000-…    one Parquet file per commit: the ids and whatever else is known of the rows
 
 A commit is one shard of rows: the shard, then its table, then the manifest, which alone makes them visible. What a
-killed writer left beyond the manifest is written again.
+killed writer left beyond the manifest is written again. Several processes write one store by taking turns, shard by
+shard, each with a manifest of its own; `join` makes it complete.
 """
 
+from assay.rows.background import Background
 from assay.rows.folder import Folder
 from assay.rows.format import DTYPES, RowDtype
+from assay.rows.product import products
 from assay.rows.reader import RowReader
-from assay.rows.writer import RowWriter
+from assay.rows.share import Share
+from assay.rows.writer import RowWriter, join
 
-__all__ = ["DTYPES", "Folder", "RowDtype", "RowReader", "RowWriter"]
+__all__ = [
+    "DTYPES",
+    "Background",
+    "Folder",
+    "RowDtype",
+    "RowReader",
+    "RowWriter",
+    "Share",
+    "join",
+    "products",
+]

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from assay.errors import StoreError
 from assay.store.files import one_line
 
 __all__ = ["Folder"]
+
+T = TypeVar("T")
 
 
 def tensorstore() -> Any:
@@ -53,7 +55,7 @@ class Folder:
             spec = f"{self.place}/"
         else:
             spec = {"driver": "file", "path": f"{Path(place).expanduser().absolute()}/"}
-        self._context = ts.Context()
+        self._context = _context(ts)
         with self._errors("open", ""):
             self._store = ts.KvStore.open(spec, context=self._context).result()
 
@@ -115,10 +117,34 @@ class Folder:
             raise self.damaged(name, "its content does not match its checksum")
         return dict(fields)
 
+    def parsed(self, name: str, kind: type[T], fields: Mapping[str, Any]) -> T:
+        """The fields of a JSON file as a dataclass, every one of its own type.
+
+        Raises:
+            StoreError: a field is missing or of another type; it is named.
+        """
+        import pydantic
+
+        try:
+            return pydantic.TypeAdapter(kind).validate_json(json.dumps(fields), strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise self.damaged(name, f"bad field {where}: {first['msg']}") from error
+
     def create_array(
-        self, name: str, shape: Sequence[int], dtype: str, shard: Sequence[int], chunk: Sequence[int]
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        shard: Sequence[int],
+        chunk: Sequence[int],
+        afresh: bool = True,
     ) -> Any:
-        """An empty Zarr v3 array: shards of chunks, CRC-32C on each chunk and on each shard's index."""
+        """An empty Zarr v3 array: shards of chunks, CRC-32C on each chunk and on each shard's index.
+
+        One that is there is replaced, or opened if not `afresh`.
+        """
         plain = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         sharding = {"chunk_shape": list(chunk), "codecs": plain, "index_codecs": plain}
         metadata = {
@@ -128,7 +154,8 @@ class Folder:
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
         with self._errors("write", name):
-            spec = {**self._array(name), "metadata": metadata, "create": True, "delete_existing": True}
+            how = {"create": True, "delete_existing": True} if afresh else {"create": True, "open": True}
+            spec = {**self._array(name), "metadata": metadata, **how}
             return tensorstore().open(spec, context=self._context).result()
 
     def open_array(self, name: str) -> Any:
@@ -181,6 +208,14 @@ class Folder:
         if said.startswith(("DATA_LOSS", "NOT_FOUND")) and verb == "read":
             return StoreError(f"{where} is damaged ({said}): put a copy of it back, or build it again")
         return StoreError(f"cannot {verb} {where} ({said}): check that disk or address")
+
+
+def _context(ts: Any) -> Any:
+    """Files of this machine are mapped into memory to be read, where TensorStore can: a copy less."""
+    try:
+        return ts.Context({"file_io_mode": {"mode": "memmap"}})
+    except ValueError:  # an older version
+        return ts.Context()
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from torch import Tensor
 from assay.errors import InputError, StoreError
 from assay.rows.folder import Folder
 
-__all__ = ["DTYPES", "Manifest", "RowDtype", "decode", "encode", "int8_scales", "read_manifest"]
+__all__ = ["DTYPES", "Manifest", "RowDtype", "decode", "encode", "int8_scales", "read_manifest", "widen"]
 
 RowDtype = Literal["bf16", "fp16", "fp32", "fp64", "int8"]
 DTYPES: dict[RowDtype, torch.dtype] = {
@@ -58,35 +58,44 @@ class Manifest:
         """Number of commits."""
         return -(-self.rows // self.shard)
 
-    def write(self, folder: Folder) -> None:
+    def write(self, folder: Folder, name: str = NAME) -> None:
         """Commit."""
-        folder.write_json(NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        folder.write_json(name, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
 
-def read_manifest(folder: Folder) -> Manifest | None:
+def read_manifest(folder: Folder, name: str = NAME) -> Manifest | None:
     """What is committed in a folder; None if nothing ever was.
 
     Raises:
         StoreError: the manifest is damaged or newer than this version of assay.
     """
-    found = folder.read_json(NAME)
+    found = folder.read_json(name)
     if found is None:
         return None
     if found.pop("format", None) != FORMAT:
-        raise folder.damaged(NAME, f"no format {FORMAT!r}")
+        raise folder.damaged(name, f"no format {FORMAT!r}")
     version = found.pop("version", None)
     if isinstance(version, int) and version > VERSION:
         raise StoreError(
             f"{folder.place} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
         )
-    try:
-        found["blocks"] = tuple((int(a), int(b)) for a, b in found["blocks"])
-        manifest = Manifest(**{f.name: found[f.name] for f in fields(Manifest)})
-    except (KeyError, TypeError, ValueError) as error:
-        raise folder.damaged(NAME, f"bad field: {error}") from error
-    if manifest.dtype not in get_args(RowDtype):
-        raise folder.damaged(NAME, "bad field: dtype")
+    manifest = folder.parsed(name, Manifest, found)
+    if not _is_consistent(manifest):
+        raise folder.damaged(name, "its numbers contradict one another")
     return manifest
+
+
+def _is_consistent(manifest: Manifest) -> bool:
+    blocks = manifest.blocks
+    return (
+        0 < manifest.chunk <= manifest.shard
+        and manifest.rows >= 0
+        and manifest.width > 0
+        and [a for a, _ in blocks] == [0, *(b for _, b in blocks)][: len(blocks)]
+        and all(a < b for a, b in blocks)
+        and bool(blocks)
+        and blocks[-1][1] == manifest.width
+    )
 
 
 def int8_scales(rows: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
@@ -122,11 +131,18 @@ def decode(stored: Tensor, scales: Tensor | None, blocks: Sequence[tuple[int, in
     """`[B, width]` rows to compute with: float64 if they are stored so, else float32."""
     if stored.dtype == torch.float64:
         return stored
-    rows = stored.float()
+    return widen(stored, scales, blocks, torch.empty(stored.shape, dtype=torch.float32))
+
+
+def widen(stored: Tensor, scales: Tensor | None, blocks: Sequence[tuple[int, int]], room: Tensor) -> Tensor:
+    """Stored rows `[n, width]` in the type and memory of `room` `[n, width]`; scales `[n, blocks]` of int8 applied."""
+    if stored.dtype == room.dtype:
+        return stored
+    room.copy_(stored)
     if scales is not None:
-        for (a, b), scale in zip(blocks, scales.t(), strict=True):
-            rows[:, a:b] *= scale[:, None]
-    return rows
+        for (a, b), scale in zip(blocks, scales.to(room.dtype).t(), strict=True):
+            room[:, a:b] *= scale[:, None]
+    return room
 
 
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:

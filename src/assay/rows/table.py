@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 from io import BytesIO
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from assay.rows.folder import Folder
+from assay.rows.share import Share
 
-__all__ = ["delete_parts_from", "read_parts", "write_part"]
+__all__ = ["delete_parts_from", "leftover_parts", "read_parts", "write_part"]
 
 _PART = re.compile(r"part-(\d{6,})-([0-9a-f]{8})\.parquet")
 
@@ -24,17 +26,22 @@ def write_part(folder: Folder, number: int, table: pl.DataFrame) -> None:
     folder.below("table").write(f"part-{number:06d}-{zlib.crc32(data):08x}.parquet", data)
 
 
-def delete_parts_from(folder: Folder, number: int) -> None:
-    """Remove parts that were never committed."""
-    inner = folder.below("table")
-    for name in inner.names():
-        match = _PART.fullmatch(name)
-        if match and int(match[1]) >= number:
-            inner.delete(name)
+def leftover_parts(folder: Folder, own: int, share: Share | None = None) -> list[str]:
+    """Parts of a writer from its own-th on, which were never committed: names within `table/`."""
+    share = share or Share()
+    found = ((name, _PART.fullmatch(name)) for name in folder.below("table").names())
+    parts = ((name, int(match[1])) for name, match in found if match)
+    return [name for name, n in parts if n >= share.shard(own) and n % share.parts == share.part]
 
 
-def read_parts(folder: Folder, parts: int) -> list[pl.DataFrame]:
-    """The first `parts` parts, in order, each against its checksum.
+def delete_parts_from(folder: Folder, own: int, share: Share) -> None:
+    """Remove them."""
+    for name in leftover_parts(folder, own, share):
+        folder.below("table").delete(name)
+
+
+def read_parts(folder: Folder, numbers: Iterable[int]) -> list[pl.DataFrame]:
+    """Parts by number, each against its checksum.
 
     Raises:
         StoreError: one is missing or damaged; it is named.
@@ -42,7 +49,7 @@ def read_parts(folder: Folder, parts: int) -> list[pl.DataFrame]:
     inner = folder.below("table")
     names = {int(m[1]): (name, int(m[2], 16)) for name in inner.names() if (m := _PART.fullmatch(name))}
     tables = []
-    for number in range(parts):
+    for number in numbers:
         if number not in names:
             raise inner.damaged(f"part-{number:06d}", "it is missing")
         name, crc = names[number]

@@ -1,9 +1,10 @@
-"""Writing rows, one committed shard after the other."""
+"""Writing rows, one committed shard after the other; several writers take turns by shard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -13,12 +14,16 @@ from torch import Tensor
 from assay.errors import InputError, StoreError
 from assay.rows.folder import Folder
 from assay.rows.format import DTYPES, ZARR, Manifest, RowDtype, encode, read_manifest, to_numpy
-from assay.rows.table import delete_parts_from, write_part
+from assay.rows.share import Share
+from assay.rows.table import delete_parts_from, read_parts, write_part
 
-__all__ = ["RowWriter"]
+__all__ = ["RowWriter", "join"]
 
 CHUNK_BYTES = 1 << 20
 CHUNKS_PER_SHARD = 32
+BOUNDLESS = (
+    1 << 40
+)  # rows of an array that several processes write: none of them knows how many there will be
 
 
 class RowWriter:
@@ -30,6 +35,7 @@ class RowWriter:
         dtype: "bf16", "fp16", "fp32", "fp64", or "int8" with one scale per row and block.
         blocks: `(start, stop)` of the parts of a row with a scale of their own; by default the whole row.
         shard: rows of one commit; by default about 32 MiB.
+        share: the shards that are this writer's, where several processes write one store; `join` makes it complete.
 
     Attributes:
         rows: rows that are committed; the next to be appended follows them.
@@ -57,18 +63,19 @@ class RowWriter:
         dtype: RowDtype = "bf16",
         blocks: Sequence[tuple[int, int]] | None = None,
         shard: int | None = None,
+        share: Share | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} is not known; choose one of {', '.join(map(repr, DTYPES))}.")
         chunk = max(1, CHUNK_BYTES // (width * DTYPES[dtype].itemsize))
         shard = chunk * CHUNKS_PER_SHARD if shard is None else shard
         wanted = Manifest(width, dtype, tuple(blocks or [(0, width)]), shard, _divisor(shard, chunk))
-        found = read_manifest(folder)
-        self._folder = folder
+        self._folder, self.share = folder, share or Share()
+        found = read_manifest(folder, self.share.manifest)
         if found is None:
             self._create(wanted)
             self.manifest = wanted
-            wanted.write(folder)
+            wanted.write(folder, self.share.manifest)
         else:
             if found.complete:
                 raise StoreError(f"{folder.place} is complete and takes no more rows: name another out=")
@@ -78,7 +85,7 @@ class RowWriter:
                     "delete it"
                 )
             self.manifest = found
-            delete_parts_from(folder, found.parts)
+            delete_parts_from(folder, found.parts, self.share)
         self._data = folder.open_array("data")
         self._scales = folder.open_array("scales") if dtype == "int8" else None
         self._waiting: list[tuple[pl.DataFrame, Tensor, Tensor | None]] = []
@@ -88,6 +95,11 @@ class RowWriter:
     def rows(self) -> int:
         """Rows that are committed."""
         return self.manifest.rows
+
+    def tables(self) -> dict[int, pl.DataFrame]:
+        """The tables of the shards that this writer has committed, by shard number."""
+        numbers = [self.share.shard(own) for own in range(self.manifest.parts)]
+        return dict(zip(numbers, read_parts(self._folder, numbers), strict=True))
 
     def append(self, table: pl.DataFrame, rows: Tensor) -> None:
         """Take rows; those that make a shard whole are committed with it.
@@ -120,32 +132,35 @@ class RowWriter:
             return
         if self._number_waiting:
             self._commit(self._number_waiting)
-        resized(self._folder, "data", self._data, [self.rows, self.manifest.width])
-        if self._scales is not None:
-            resized(self._folder, "scales", self._scales, [self.rows, len(self.manifest.blocks)])
         done = replace(self.manifest, complete=True)
-        done.write(self._folder)
+        if self.share.parts == 1:
+            _cut(self._folder, done)
+        done.write(self._folder, self.share.manifest)
         self.manifest = done
 
     def _create(self, manifest: Manifest) -> None:
         width, blocks = manifest.width, len(manifest.blocks)
         shard, chunk = manifest.shard, manifest.chunk
-        self._folder.create_array("data", [0, width], ZARR[manifest.dtype], [shard, width], [chunk, width])
+        alone = self.share.parts == 1
+        rows = 0 if alone else BOUNDLESS
+        create = partial(self._folder.create_array, afresh=alone)
+        create("data", [rows, width], ZARR[manifest.dtype], [shard, width], [chunk, width])
         if manifest.dtype == "int8":
-            self._folder.create_array("scales", [0, blocks], "float32", [shard, blocks], [chunk, blocks])
+            create("scales", [rows, blocks], "float32", [shard, blocks], [chunk, blocks])
 
     def _commit(self, number: int) -> None:
         """Shard, table, manifest: in this order, so that the manifest never says more than there is."""
         table = pl.concat([t for t, _, _ in self._waiting])
         stored = torch.cat([s for _, s, _ in self._waiting])
         scales = [s for _, _, s in self._waiting if s is not None]
-        start, stop = self.rows, self.rows + number
+        shard = self.share.shard(self.manifest.parts)
+        start = shard * self.manifest.shard
         self._data = put(self._folder, "data", self._data, start, stored[:number])
         if self._scales is not None:
             self._scales = put(self._folder, "scales", self._scales, start, torch.cat(scales)[:number])
-        write_part(self._folder, self.manifest.parts, table[:number])
-        committed = replace(self.manifest, rows=stop)
-        committed.write(self._folder)
+        write_part(self._folder, shard, table[:number])
+        committed = replace(self.manifest, rows=self.rows + number)
+        committed.write(self._folder, self.share.manifest)
         rest = torch.cat(scales)[number:] if scales else None
         self.manifest = committed
         self._number_waiting -= number
@@ -154,7 +169,8 @@ class RowWriter:
 
 def put(folder: Folder, name: str, array: Any, start: int, rows: Tensor) -> Any:
     """Write rows at `start`, the array made longer for them; the array that holds them."""
-    array = resized(folder, name, array, [start + len(rows), rows.shape[1]])
+    if array.shape[0] != BOUNDLESS:
+        array = resized(folder, name, array, [start + len(rows), rows.shape[1]])
     try:
         array[start : start + len(rows)].write(to_numpy(rows)).result()
     except (ValueError, OSError) as error:
@@ -165,7 +181,8 @@ def put(folder: Folder, name: str, array: Any, start: int, rows: Tensor) -> Any:
 def resized(folder: Folder, name: str, array: Any, shape: list[int]) -> Any:
     """The array with another number of rows; what a killed writer left beyond them is gone."""
     try:
-        return array.resize(exclusive_max=shape).result()
+        # of a boundless array nothing lies beyond its rows, and looking for it would take for ever
+        return array.resize(exclusive_max=shape, resize_metadata_only=array.shape[0] == BOUNDLESS).result()
     except (ValueError, OSError) as error:
         raise folder.refused("write", name, error) from error
 
@@ -173,3 +190,48 @@ def resized(folder: Folder, name: str, array: Any, shape: list[int]) -> Any:
 def _divisor(shard: int, chunk: int) -> int:
     """The largest number of rows up to `chunk` that divides a shard."""
     return next(size for size in range(min(chunk, shard), 0, -1) if shard % size == 0)
+
+
+def join(folder: Folder, parts: int) -> None:
+    """Make a store complete that several writers have filled: the bytes are those of one writer's.
+
+    Called once, after all of them have closed.
+
+    Raises:
+        StoreError: a part is missing, not complete, or of another store.
+    """
+    shares = [Share(part, parts) for part in range(parts)]
+    found = [read_manifest(folder, share.manifest) for share in shares]
+    whole = read_manifest(folder)
+    if whole is None or not whole.complete:
+        whole = _joined(folder, shares, found)
+        _cut(folder, whole)
+        whole.write(folder)
+    for share in shares:
+        folder.delete(share.manifest)
+
+
+def _joined(folder: Folder, shares: Sequence[Share], found: Sequence[Manifest | None]) -> Manifest:
+    """The manifest of the whole."""
+    done = [manifest for manifest in found if manifest is not None and manifest.complete]
+    if len(done) < len(shares):
+        missing = [share.part for share, m in zip(shares, found, strict=True) if m is None or not m.complete]
+        raise StoreError(
+            f"{folder.place}: part {', '.join(map(str, missing))} of {len(shares)} is not complete: build it first"
+        )
+    total = sum(manifest.rows for manifest in done)
+    for share, manifest in zip(shares, done, strict=True):
+        expected = share.rows(total, manifest.shard)
+        if replace(manifest, rows=0) != replace(done[0], rows=0) or manifest.rows != expected:
+            raise StoreError(
+                f"{folder.place}: part {share.part} has {manifest.rows} rows where {expected} were expected: its "
+                "process was given other examples or settings; delete the folder and build all parts alike"
+            )
+    return replace(done[0], rows=total)
+
+
+def _cut(folder: Folder, manifest: Manifest) -> None:
+    """Give the arrays the number of rows that is committed."""
+    resized(folder, "data", folder.open_array("data"), [manifest.rows, manifest.width])
+    if manifest.dtype == "int8":
+        resized(folder, "scales", folder.open_array("scales"), [manifest.rows, len(manifest.blocks)])

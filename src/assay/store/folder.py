@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from assay.errors import AssayWarning, StoreError
+from assay.store.cuts import stack_below
 from assay.store.files import FrameFile, damaged, frame_file, frame_schema, scan_frames, verify_frame
 from assay.store.header import NAME, Header, read_header
-from assay.store.parts import PART, merge, stack
-from assay.store.schema import ACCOUNT, PARTED, TABLES, metadata_schema, values_schema
+from assay.store.parts import PART, merge
+from assay.store.schema import ACCOUNT, DETAILS, PARTED, TABLES, metadata_schema, values_schema
+from assay.store.tensors import TensorFiles, snapshot_files
+
+if TYPE_CHECKING:
+    from assay.rows import Folder
+
+
+def gradients_folder(path: Path | None) -> Folder:
+    """Where gradients of a run's samples are recorded: below its folder, or in memory."""
+    from assay.rows import Folder  # rows reports its errors as this package does, and is imported by it last
+
+    return Folder(None if path is None else path / "embeddings")
 
 
 class RunFolder:
@@ -38,17 +52,42 @@ class RunFolder:
         except StoreError:  # a run that goes on may have written between two looks at its folder
             self._look()
 
+    @cached_property
+    def gradients(self) -> Folder:
+        """Where gradients of the run's samples are recorded."""
+        return gradients_folder(self.path)
+
+    @cached_property
+    def snapshots(self) -> TensorFiles:
+        """Where snapshots of the run are."""
+        return snapshot_files(self.path)
+
     def values(self) -> pl.LazyFrame:
         """Rows of values."""
-        return stack(self._parts["values"], self._values_schema)
+        return stack_below(self._parts["values"], "values", self.header.cuts, self._values_schema)
 
     def account(self) -> pl.LazyFrame:
         """Rows of the account."""
-        return stack(self._parts["account"], ACCOUNT)
+        return stack_below(self._parts["account"], "account", self.header.cuts, ACCOUNT)
 
     def metadata(self) -> pl.LazyFrame:
         """Metadata, one row per id."""
         return merge(self._parts["metadata"], metadata_schema(self.header.ids))
+
+    def rows(self, table: str) -> pl.LazyFrame | None:
+        """Rows of one of `schema.DETAILS`; None if the run has none."""
+        parts = self._parts.get(table)
+        return stack_below(parts, table, self.header.cuts, pl.Schema()) if parts else None
+
+    @property
+    def parts(self) -> dict[str, list[Path]]:
+        """The parts of each table, in order."""
+        return self._parts
+
+    @property
+    def side_files(self) -> dict[str, Path]:
+        """The file of each side table."""
+        return self._side
 
     def side(self) -> dict[str, pl.LazyFrame]:
         """Side tables by name."""
@@ -63,7 +102,8 @@ class RunFolder:
 
     def _look(self) -> None:
         self.header = read_header(self.path)
-        for table in PARTED:
+        recorded = [table for table in DETAILS if (self.path / table).is_dir()]
+        for table in (*PARTED, *recorded):
             self._parts[table] = self._list(table)
         self._side = self._list_side()
         self.verify()

@@ -14,8 +14,21 @@ from assay.store.files import damaged, write_atomic
 from assay.store.ids import IdKind
 
 FORMAT = "assay run"
-VERSION = 1
+VERSION = 2  # of the newest format; a run without cuts is written as version 1
 NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a resumed run went on.
+
+    Args:
+        step: Of the rows in the parts below, those from this step on count no more.
+        parts: How many parts each table had.
+    """
+
+    step: int
+    parts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -27,12 +40,14 @@ class Header:
         ids: Kind of the run's ids; None until the first one is seen.
         info: The caller's own JSON object.
         parts: Number of parts of each table, set when the run is closed; None while it is open or if it died.
+        cuts: Where the run went on from a checkpoint, in order.
     """
 
     targets: tuple[str, ...]
     ids: IdKind | None = None
     info: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, int] | None = None
+    cuts: tuple[Cut, ...] = ()
 
     def merged(self, info: dict[str, Any]) -> Header:
         """Header with more info; a key that is already there is replaced.
@@ -54,7 +69,9 @@ class Header:
 
     def write(self, folder: Path) -> None:
         """Replace `run.json` as a whole; StoreError if the disk refuses."""
-        fields = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        fields = {"format": FORMAT, "version": 2 if self.cuts else 1, **asdict(self)}
+        if not self.cuts:
+            del fields["cuts"]
         text = json.dumps(fields | {"crc32": checksum(fields)}, indent=1)
         write_atomic(folder / NAME, text.encode() + b"\n")
 
@@ -136,4 +153,7 @@ def _parse(fields: dict[str, Any]) -> Header:
     parts = fields["parts"]
     if parts is not None and not (isinstance(parts, dict) and all(type(n) is int for n in parts.values())):
         raise TypeError("parts")
-    return Header(check_targets(fields["targets"]), fields["ids"], fields["info"], parts)
+    cuts = tuple(Cut(**cut) for cut in fields.get("cuts", ()))
+    if not all(type(n) is int for cut in cuts for n in (cut.step, *cut.parts.values())):
+        raise TypeError("cuts")
+    return Header(check_targets(fields["targets"]), fields["ids"], fields["info"], parts, cuts)

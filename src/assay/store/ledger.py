@@ -5,18 +5,31 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import polars as pl
 
 from assay.errors import InputError, StoreError
 from assay.store.files import local_path, one_line
-from assay.store.folder import RunFolder
 from assay.store.header import Header
-from assay.store.schema import value_column
+from assay.store.schema import rest_column, tokens_column, value_column
+from assay.store.shards import open_folders
+from assay.store.tensors import TensorFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.optim import Optimizer
+    from typing_extensions import Unpack
+
+    from assay.embedding import Embeddings
+    from assay.replay import AdjointOptions, Batches, Loss, Queries, Smoothness
+    from assay.rows import Folder
+    from assay.targets import Target
+    from assay.workers import Workers
 
 
 class Source(Protocol):
@@ -39,8 +52,19 @@ class Source(Protocol):
     def metadata(self) -> pl.LazyFrame:
         """A column `id` and the user's, one row per id."""
 
+    def rows(self, table: str) -> pl.LazyFrame | None:
+        """Rows of one of `schema.DETAILS`; None if the run has none."""
+
     def side(self) -> dict[str, pl.LazyFrame]:
         """Side tables by name."""
+
+    @property
+    def gradients(self) -> Folder:
+        """Where gradients of the run's samples are recorded."""
+
+    @property
+    def snapshots(self) -> TensorFiles:
+        """Where snapshots of the run are."""
 
     def verify(self) -> None:
         """StoreError that names a damaged file, if there is one."""
@@ -71,7 +95,7 @@ def open_ledger(path: str | Path) -> Ledger:
         ...     open_ledger(f"{folder}/run").values("code").rows()
         [('a', 0.5, 1), ('b', -0.25, 1)]
     """
-    return Ledger(RunFolder(local_path(path)))
+    return Ledger(open_folders(local_path(path)))
 
 
 class Ledger:
@@ -138,17 +162,79 @@ class Ledger:
         """
         return self._collect(self._values(target))
 
-    def steps(self, target: str | None = None) -> pl.DataFrame:
+    def steps(self, target: str | None = None, first: int = 0) -> pl.DataFrame:
         """Value of every sample at every step.
 
         Args:
             target: Name of the target.
+            first: Leave out the steps before this one.
 
         Returns:
             Frame `step`, `id`, `value`, one row per sample and micro-batch in the order of recording; NaN is
             kept.
         """
-        return self._collect(self._rows(target))
+        rows = self._rows(target)
+        return self._collect(rows.filter(pl.col("step") >= first) if first > 0 else rows)
+
+    def tokens(
+        self, target: str | None = None, id: int | str | None = None, step: int | None = None
+    ) -> pl.DataFrame:
+        """Values by token, of a run with `InRunShapley(granularity="token")`.
+
+        Args:
+            target: Name of the target.
+            id: Of one sample; left out, all samples.
+            step: One step; left out, the whole run.
+
+        Returns:
+            Frame `id`, `token`, `value`, `steps`: the value of each position of a sample, summed over the steps in
+            which it was seen. The row whose token is null is the part that flows through uses of weights without a
+            position. A sample's rows add up to its value.
+
+        Raises:
+            InputError: The run has no values by token.
+        """
+        name = self._target(target)
+        rows = self._details("tokens", "InRunShapley(granularity='token')")
+        if step is not None:
+            rows = rows.filter(pl.col("step") == step)
+        if id is not None:
+            rows = rows.filter(pl.col("id") == id)
+        rows = rows.select("step", "id", value=pl.col(tokens_column(name)), rest=pl.col(rest_column(name)))
+        long = rows.with_columns(token=pl.int_ranges(pl.col("value").list.len())).drop("rest")
+        long = long.explode("value", "token", empty_as_null=False).with_columns(
+            pl.col("value").cast(pl.Float64)
+        )
+        rest = rows.select("step", "id", value=pl.col("rest").cast(pl.Float64), token=pl.lit(None, pl.Int64))
+        value = pl.col("value")
+        sums = (
+            pl.concat([long, rest], how="diagonal")
+            .group_by("id", "token")
+            .agg(value.filter(value.is_finite()), steps=pl.col("step").n_unique().cast(pl.Int64))
+            .select("id", "token", value.list.sum(), "steps")
+        )
+        return self._collect(sums.sort("id", "token", nulls_last=True))
+
+    def norms(self) -> pl.DataFrame:
+        """Norms of the samples' gradients, of a run with `GradientNorms`.
+
+        Returns:
+            Frame `step`, `id`, `norm` (‖g_i‖), `cosine` (with the gradient that the optimizer received) and, for
+            every target of that method, `cosine:TARGET` (positive: a step along the sample's gradient lowers the
+            target's loss), one row per sample and micro-batch. A cosine is null where a gradient is zero.
+
+        Raises:
+            InputError: The run has no norms.
+        """
+        return self._collect(
+            self._details("norms", "GradientNorms()").select("step", pl.exclude("step", "micro"))
+        )
+
+    def _details(self, table: str, method: str) -> pl.LazyFrame:
+        rows = self._source.rows(table)
+        if rows is None:
+            raise InputError(f"this run has no {table}: record it with methods=[assay.{method}]")
+        return rows
 
     def account(self, target: str | None = None) -> pl.DataFrame:
         """How much of each step's change of the loss the values explain.
@@ -230,6 +316,195 @@ class Ledger:
         if name not in side:
             raise _unknown("table", name, side, "add_table makes one")
         return self._collect(side[name])
+
+    def value_for(
+        self, target: Target, model: Module, path: Literal["left", "trapezoid"] = "left"
+    ) -> pl.DataFrame:
+        """In-run values for a target that did not exist while the model trained.
+
+        From the gradients that `DataValueEmbedding` recorded and the snapshots of `Run(..., snapshots="auto")`: exact
+        up to the projection and to the way from one snapshot to the next.
+
+        Args:
+            target: What the samples are valued for.
+            model: Of the run's architecture; its weights are put back afterwards.
+            path: "left" or "trapezoid", as for `InRunShapley`.
+
+        Returns:
+            Frame `step`, `id`, `value` in the unit of the target's loss, positive = lowered it, one row per sample and
+            step; `group_by("id").sum()` gives the values over the run.
+
+        Raises:
+            InputError: The run recorded no gradients or took no snapshots.
+            StoreError: A file is damaged; it is named.
+        """
+        from assay.embedding.values import value_for
+
+        return value_for(self._source.gradients, self._source.snapshots, model, target, path)
+
+    def embeddings(
+        self,
+        segments: int = 1,
+        curvature: Literal["fisher", "ggn"] = "fisher",
+        *,
+        blocks: Literal["layer", "all"] = "layer",
+        momentum: bool = True,
+        workers: int | Workers = 1,
+    ) -> Embeddings:
+        """Data value embeddings of the run: what if a sample had been left out at that step?
+
+        Built from the recorded gradients at the first call, and kept below the run's folder.
+
+        Args:
+            segments: the run is cut into as many, which may be gone through in parallel; where one ends, a checkpoint
+                can be looked at (`at_step=`). The final embeddings do not depend on it.
+            curvature: "fisher" as published, or "ggn" if the run recorded the Gauss-Newton matrix.
+            blocks: "layer" as published, or "all" for one block over all layers: better, and dearer by the number of
+                layers.
+            momentum: take the momentum buffer into the state.
+            workers: processes of this machine that build, or `assay.integrations.ray.RayWorkers`; a run in memory is
+                built in this one.
+
+        Raises:
+            InputError: The run recorded no gradients, or an argument is not understood.
+            StoreError: A file is damaged; it is named.
+        """
+        from assay.embedding import Embeddings
+
+        return Embeddings(self._source.gradients, segments, curvature, blocks, momentum, workers)
+
+    @property
+    def rows(self) -> pl.DataFrame:
+        """Frame `step`, `id`: one row per sample and step, as `adjoint` and `embeddings` value them.
+
+        Raises:
+            StoreError: The run took no snapshots and recorded no gradients, or a file is damaged.
+        """
+        from assay.embedding.recorded import Recorded
+        from assay.replay import Trajectory
+
+        if (
+            not self._source.snapshots.numbers("log")
+            and self._source.gradients.read("header.json") is not None
+        ):
+            return Recorded(self._source.gradients).table
+        return Trajectory(self._source.snapshots).rows()
+
+    def adjoint(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        batches_of_step: Batches,
+        loss_fn: Loss,
+        queries: Queries,
+        **options: Unpack[AdjointOptions],
+    ) -> Tensor:
+        """The exact answer: what leaving a sample out of a step does to each query's loss after training.
+
+        The run is replayed backwards from its snapshots (`Run(..., snapshots="auto")`), through the optimizer's whole
+        state; exact to first order in leaving the sample out. The formulas stand in `assay.replay.backward`, the
+        options in `assay.replay.AdjointOptions`. An adjoint that was killed goes on where it was, if it is called
+        again with the same arguments.
+
+        Args:
+            model: Of the run's architecture; its weights are put back afterwards.
+            optimizer: Of the run's kind, over the model's parameters: SGD, Adam or AdamW.
+            batches_of_step: From a step's number to its micro-batches, a list of `(ids, batch)`.
+            loss_fn: `loss_fn(model, batch)`, the loss that was differentiated. Whether it was divided by the number of
+                micro-batches is found out.
+            queries: Batches, or name → `Target`.
+            options: See `assay.replay.AdjointOptions`.
+
+        Returns:
+            `[queries, rows]`, rows as in `rows`, in the unit of the query's loss; positive = it would be higher without
+            the sample at that step. NaN for steps that were not asked for.
+
+        Raises:
+            InputError: The replay is not the run (the step and the likely cause are named), or an argument cannot be
+                used.
+            UnsupportedOptimizerError: Another optimizer.
+            StoreError: The run took no snapshots, or one is damaged.
+
+        Example:
+            >>> import torch, assay
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            >>> data = [(["a", "b"], torch.randn(2, 2)), (["c", "a"], torch.randn(2, 2))]
+            >>> def loss_fn(model, x):
+            ...     return model(x).square().mean()
+            >>> with assay.Run(model, optimizer, snapshots="auto") as run:
+            ...     for ids, x in data:
+            ...         with run.step(ids):
+            ...             loss_fn(model, x).backward()
+            ...         optimizer.step()
+            ...         optimizer.zero_grad()
+            >>> ledger = run.ledger
+            >>> ledger.adjoint(model, optimizer, lambda step: [data[step]], loss_fn, [torch.ones(1, 2)]).shape
+            torch.Size([1, 4])
+            >>> ledger.rows.rows()
+            [(0, 'a'), (0, 'b'), (1, 'c'), (1, 'a')]
+        """
+        from assay.replay import adjoint
+
+        return adjoint(self._source.snapshots, model, optimizer, batches_of_step, loss_fn, queries, **options)
+
+    def metasmoothness(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        batches_of_step: Batches,
+        loss_fn: Loss,
+        queries: Queries,
+        h: float = 0.01,
+        seed: int = 0,
+    ) -> Smoothness:
+        """Whether this training's outcome is smooth enough in the weights of its data for `adjoint` to mean something.
+
+        Trains the run again three times from its first snapshot, the micro-batches weighted by 1 + h v with random
+        signs v; the definition stands in `assay.replay.smoothness`.
+
+        Args:
+            model: As in `adjoint`, like the arguments that follow.
+            optimizer: See there.
+            batches_of_step: See there.
+            loss_fn: See there.
+            queries: See there.
+            h: How far the weights move.
+            seed: Of the signs.
+
+        Returns:
+            `score` (1 = smooth), `ratios` (by query, 1 = linear) and `advice`, empty where the run is smooth.
+
+        Raises:
+            InputError: The replay is not the run.
+            StoreError: The run took no snapshots.
+        """
+        from assay.replay import metasmoothness
+
+        return metasmoothness(
+            self._source.snapshots, model, optimizer, batches_of_step, loss_fn, queries, h, seed
+        )
+
+    def agreement(self, exact: Tensor, others: Mapping[str, Tensor] | None = None) -> pl.DataFrame:
+        """Which cheaper method to trust on this run: rank correlations with the exact answer.
+
+        Args:
+            exact: `[queries, rows]`, of `adjoint`; rows that are NaN are left out.
+            others: Name → `[queries, rows]` of other methods, or `[queries, ids]` with one column per id in the order
+                of first appearance in `rows` (influence functions know no steps). The values that the run recorded
+                are compared too, where a query is one of its targets: `exact` must then be that of the targets, in
+                their order.
+
+        Returns:
+            Frame `method`, `query`, `by_step` (Spearman over the rows; null where a method knows no steps), `by_id`
+            (Spearman over the samples, their rows summed), best first.
+
+        Raises:
+            InputError: Shapes that do not fit.
+        """
+        from assay.replay import agreement
+
+        return agreement(self, exact, others or {})
 
     def verify(self) -> None:
         """Read all that lies on the disk and compare the checksum of every page.

@@ -26,14 +26,23 @@ class PartTable(Generic[Entry]):
     Args:
         folder: Folder of the parts; None keeps them in memory.
         build: Turns buffered entries into a frame.
+        parts: Those that are there already.
+        number: That the first new part gets.
     """
 
-    def __init__(self, folder: Path | None, build: Callable[[list[Entry]], pl.DataFrame]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        build: Callable[[list[Entry]], pl.DataFrame],
+        parts: Sequence[Part] = (),
+        number: int = 0,
+    ) -> None:
         self._folder = folder
         self._build = build
+        self._before = number - len(parts)  # numbers that no part has
         # Parts, sealed frame and buffer change in one assignment. An interrupt just before it makes the next
         # flush write the same frame under the same name again, so that no row is ever lost or stored twice.
-        self._held: tuple[tuple[Part, ...], pl.DataFrame | None, list[Entry]] = ((), None, [])
+        self._held: tuple[tuple[Part, ...], pl.DataFrame | None, list[Entry]] = (tuple(parts), None, [])
         self._buffered = 0
 
     def append(self, entry: Entry, rows: int) -> None:
@@ -51,7 +60,7 @@ class PartTable(Generic[Entry]):
                 continue
             part: Part = sealed
             if self._folder is not None:
-                part = write_frame(self._folder, PART, len(parts), sealed)
+                part = write_frame(self._folder, PART, self._before + len(parts), sealed)
             self._held = ((*parts, part), None, buffer)
 
     def contents(self) -> list[Part]:
@@ -63,6 +72,11 @@ class PartTable(Generic[Entry]):
     def parts(self) -> tuple[Part, ...]:
         """The parts alone."""
         return self._held[0]
+
+    @property
+    def end(self) -> int:
+        """The number that the next part gets."""
+        return self._before + len(self._held[0])
 
     @property
     def waiting(self) -> int:

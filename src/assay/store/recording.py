@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from assay.errors import StoreError
-from assay.store.files import verify_frame, write_error, write_frame
+from assay.store.cuts import end_of, stack_below
+from assay.store.files import frame_file, verify_frame, write_error, write_frame
+from assay.store.folder import RunFolder, gradients_folder
 from assay.store.header import NAME, Header
-from assay.store.parts import PartTable, merge, stack
-from assay.store.schema import ACCOUNT, PARTED, TABLES, metadata_schema, value_column, values_schema
+from assay.store.parts import Entry, PartTable, merge
+from assay.store.schema import (
+    ACCOUNT,
+    DETAILS,
+    PARTED,
+    SHARDS,
+    TABLES,
+    metadata_schema,
+    value_column,
+    values_schema,
+)
+from assay.store.tensors import TensorFiles, snapshot_files
+
+if TYPE_CHECKING:
+    from assay.rows import Folder
 
 # step, micro, ids [samples], values [samples, targets]
 ValuesEntry = tuple[int, int, pl.Series, npt.NDArray[np.float64]]
@@ -32,25 +49,45 @@ class Recording:
     Args:
         out: Folder of the run, made here; None for memory.
         header: The run's header.
+        before: What the folder holds, if a run goes on there.
 
     Raises:
         StoreError: `out` is a file, holds a run already, or cannot be written.
     """
 
-    def __init__(self, out: Path | None, header: Header) -> None:
+    def __init__(self, out: Path | None, header: Header, before: RunFolder | None = None) -> None:
         self.header = self._written_header = header
         self.path = out
-        if out is not None:
+        self._before = {} if before is None else before.parts
+        if before is not None:
+            header.write(before.path)
+        elif out is not None:
             _create(out, header)
-        self._values = PartTable[ValuesEntry](self._folder("values"), self._build_values)
-        self._account = PartTable[AccountEntry](self._folder("account"), _build_account)
-        self._metadata = PartTable[pl.DataFrame](self._folder("metadata"), self._build_metadata)
+        self._values = self._table("values", self._build_values)
+        self._account = self._table("account", _build_account)
+        self._metadata = self._table("metadata", self._build_metadata)
         self._tables: dict[str, PartTable[Any]] = {
             "values": self._values,
             "account": self._account,
             "metadata": self._metadata,
         }
+        self._details: dict[str, PartTable[pl.DataFrame]] = {
+            name: self._table(name, _build_rows) for name in DETAILS if name in self._before
+        }
+        self._tables |= self._details
         self._side: dict[str, _SideTable] = {}
+        for name, path in ({} if before is None else before.side_files).items():
+            self._side[name] = _SideTable(pl.read_parquet(path), _number(path), path)
+
+    @cached_property
+    def gradients(self) -> Folder:
+        """Where gradients of the run's samples are recorded."""
+        return gradients_folder(self.path)
+
+    @cached_property
+    def snapshots(self) -> TensorFiles:
+        """Where snapshots of the run are."""
+        return snapshot_files(self.path)
 
     def append_values(self, step: int, micro: int, ids: pl.Series, values: npt.NDArray[np.float64]) -> None:
         """Buffer one micro-batch: ids [samples], values [samples, targets]."""
@@ -63,6 +100,18 @@ class Recording:
     def append_metadata(self, frame: pl.DataFrame) -> None:
         """Buffer metadata that has no id twice."""
         self._metadata.append(frame, len(frame))
+
+    def append_rows(self, table: str, frame: pl.DataFrame) -> None:
+        """Buffer rows of a table that not every run has, one of `schema.DETAILS`; its first rows fix its columns."""
+        if table not in self._tables:
+            folder = self._folder(table)
+            if folder is not None:
+                try:
+                    folder.mkdir(exist_ok=True)
+                except OSError as error:
+                    raise write_error(folder, error) from error
+            self._details[table] = self._tables[table] = self._table(table, _build_rows)
+        self._details[table].append(frame, len(frame))
 
     def put_table(self, name: str, frame: pl.DataFrame) -> None:
         """Set a side table."""
@@ -77,7 +126,7 @@ class Recording:
     @property
     def parts(self) -> dict[str, int]:
         """Number of parts of each table."""
-        return {name: len(table.parts) for name, table in self._tables.items()}
+        return {name: table.end for name, table in self._tables.items()}
 
     def flush(self) -> None:
         """Write all that waits; StoreError if the disk refuses, with the rest still waiting."""
@@ -97,15 +146,21 @@ class Recording:
 
     def values(self) -> pl.LazyFrame:
         """Rows of values."""
-        return stack(self._values.contents(), values_schema(self.header.targets, self.header.ids))
+        schema = values_schema(self.header.targets, self.header.ids)
+        return stack_below(self._values.contents(), "values", self.header.cuts, schema)
 
     def account(self) -> pl.LazyFrame:
         """Rows of the account."""
-        return stack(self._account.contents(), ACCOUNT)
+        return stack_below(self._account.contents(), "account", self.header.cuts, ACCOUNT)
 
     def metadata(self) -> pl.LazyFrame:
         """Metadata, one row per id."""
         return merge(self._metadata.contents(), metadata_schema(self.header.ids))
+
+    def rows(self, table: str) -> pl.LazyFrame | None:
+        """Rows of one of `schema.DETAILS`; None if the run has none."""
+        contents = self._details[table].contents() if table in self._details else []
+        return stack_below(contents, table, self.header.cuts, pl.Schema()) if contents else None
 
     def side(self) -> dict[str, pl.LazyFrame]:
         """Side tables by name."""
@@ -117,6 +172,10 @@ class Recording:
             for part in table.parts:
                 if isinstance(part, Path):
                     verify_frame(part)
+
+    def _table(self, name: str, build: Callable[[list[Entry]], pl.DataFrame]) -> PartTable[Entry]:
+        parts = self._before.get(name, [])
+        return PartTable(self._folder(name), build, parts, end_of(parts))
 
     def _folder(self, table: str) -> Path | None:
         return None if self.path is None else self.path / table
@@ -157,6 +216,15 @@ class _SideTable:
         self.older = ()
 
 
+def _number(path: Path) -> int:
+    file = frame_file(path)
+    return 0 if file is None else file.number
+
+
+def _build_rows(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(frames, how="vertical")
+
+
 def _build_account(rows: list[AccountEntry]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=ACCOUNT, orient="row")
 
@@ -165,7 +233,7 @@ def _create(out: Path, header: Header) -> None:
     """Make the folder of a new run; StoreError, and nothing left behind, if that cannot be."""
     if os.path.exists(out) and not os.path.isdir(out):  # pathlib's own raise where a folder cannot be read
         raise StoreError(f"out={str(out)!r} is a file: name a folder")
-    for name in (NAME, *PARTED, TABLES):
+    for name in (NAME, *PARTED, *DETAILS, TABLES, SHARDS):
         if os.path.exists(out / name):
             raise _occupied(out)
     made: list[Path] = []

@@ -12,7 +12,9 @@ from assay.store.ids import DTYPES, IdKind
 
 STATUSES = ("ok", "nan", "skipped")
 PARTED = ("values", "account", "metadata")  # the tables that grow by parts; each has a folder of its name
+DETAILS = ("tokens", "norms")  # likewise, in runs that record them
 TABLES = "tables"  # the folder of the side tables
+SHARDS = "processes"  # the folder of the run folders of the other processes
 
 ACCOUNT = pl.Schema(
     {
@@ -33,12 +35,28 @@ def value_column(target: str) -> str:
     return f"value:{target}"
 
 
+def targets_of(values: pl.Schema) -> tuple[str, ...]:
+    """The targets that a table of values was written for, in their order."""
+    prefix = value_column("")
+    return tuple(name.removeprefix(prefix) for name in values if name.startswith(prefix))
+
+
 def values_schema(targets: Sequence[str], ids: IdKind | None) -> pl.Schema:
     """Columns of the table of values: one row per sample and micro-batch, one value per target."""
     return pl.Schema(
         {"step": pl.Int64(), "micro": pl.Int64(), "id": DTYPES[ids or "int"]}
         | {value_column(target): pl.Float64() for target in targets}
     )
+
+
+def tokens_column(target: str) -> str:
+    """Name of the column that holds a row's values for a target by position, a list; see `rest_column`."""
+    return f"tokens:{target}"
+
+
+def rest_column(target: str) -> str:
+    """Name of the column that holds what of a row's value has no position."""
+    return f"rest:{target}"
 
 
 def metadata_schema(ids: IdKind | None) -> pl.Schema:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,15 @@ import polars as pl
 from assay.errors import InputError, StoreError
 from assay.store.files import check_storable, local_path
 from assay.store.header import Header, check_targets
-from assay.store.ids import id_column, id_series, kind_of_dtype
+from assay.store.ids import IdKind, id_column, id_series, kind_of_dtype
 from assay.store.ledger import Ledger
 from assay.store.recording import Recording
+from assay.store.resume import cut_header, recorded
 from assay.store.schema import STATUSES, check_table_name
+from assay.store.tensors import TensorFiles
+
+if TYPE_CHECKING:
+    from assay.rows import Folder
 
 
 class RunWriter:
@@ -34,6 +39,8 @@ class RunWriter:
         out: Folder of the run, new or without a run in it; None keeps the run in memory.
         targets: Names of the targets, in the order of the columns of the values.
         info: JSON object that describes the run.
+        resume: The step at which a run goes on that the folder holds; rows from that step on are overruled. Without a
+            run in the folder, or with None, a new one begins.
         flush_every: Rows that may wait before they are written.
         flush_seconds: Seconds after which waiting rows are written with the next one that is added.
 
@@ -57,11 +64,17 @@ class RunWriter:
         out: str | Path | None,
         targets: Sequence[str],
         info: dict[str, Any] | None = None,
+        resume: int | None = None,
         flush_every: int = 100_000,
         flush_seconds: float = 30.0,
     ) -> None:
-        header = Header(check_targets(targets)).merged(info or {})
-        self._recording = Recording(None if out is None else local_path(out), header)
+        path, names = None if out is None else local_path(out), check_targets(targets)
+        before = None if path is None or resume is None else recorded(path)
+        if before is None or resume is None:
+            header = Header(names).merged(info or {})
+        else:
+            header = cut_header(before, resume, names, info or {})
+        self._recording = Recording(path, header, before)
         self._flush_every = self._flush_at = flush_every
         self._flush_seconds = flush_seconds
         self._last_flush = time.monotonic()
@@ -72,6 +85,21 @@ class RunWriter:
     def ledger(self) -> Ledger:
         """Ledger of everything that was added and will be added, flushed or not."""
         return Ledger(self._recording)
+
+    @property
+    def id_kind(self) -> IdKind | None:
+        """Kind of the run's ids; None until the first one is seen."""
+        return self._header.ids
+
+    @property
+    def gradients(self) -> Folder:
+        """Where gradients of the run's samples are recorded."""
+        return self._recording.gradients
+
+    @property
+    def snapshots(self) -> TensorFiles:
+        """Where snapshots of the run are."""
+        return self._recording.snapshots
 
     def add_values(
         self, step: int, micro: int, ids: Sequence[int | str], values: npt.NDArray[np.float64]
@@ -174,6 +202,24 @@ class RunWriter:
         self._metadata_types |= types
         self._fix_ids(frame["id"])
         self._recording.append_metadata(frame)
+        self._flush_if_due()
+
+    def add_rows(self, table: str, ids: Sequence[int | str], columns: dict[str, Any]) -> None:
+        """Record rows of a table that not every run has: the values by token, the gradients' norms.
+
+        Args:
+            table: "tokens" or "norms".
+            ids: The user's ids, shape [rows].
+            columns: The other columns, in front of which `id` is put; in every call the same names and types.
+
+        Raises:
+            InputError: Ids that are no ids; nothing is recorded.
+            StoreError: The writer is closed, or a flush failed (the rows are kept).
+        """
+        self._check_open()
+        series = id_series(ids, self._header.ids)
+        self._fix_ids(series)
+        self._recording.append_rows(table, pl.DataFrame({"id": series, **columns}))
         self._flush_if_due()
 
     def add_table(self, name: str, frame: pl.DataFrame) -> None:

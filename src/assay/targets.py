@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.errors import InputError
 
-__all__ = ["Target", "TargetPass", "undisturbed"]
+__all__ = ["Target", "TargetPass", "undisturbed", "without_reentrant_checkpoints"]
 
 
 class Target:
@@ -86,7 +87,7 @@ class TargetPass:
                 that has one.
         """
         rows = []
-        with undisturbed(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with undisturbed(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _eagerly():
             for name, target in self.targets.items():
                 parts = [self._hessian_product(name, target, batch, direction) for batch in target.batches]
                 rows.append([torch.stack(p).sum(0) for p in zip(*parts, strict=True)])
@@ -116,7 +117,7 @@ class TargetPass:
         total: Tensor | None = None
         summed: list[Tensor] = []
         share = 1 / len(target.batches)
-        for batch in target.batches:
+        for batch in self._batches(name, target):
             loss = self._loss(name, target, batch) * share
             if not loss.requires_grad:
                 raise InputError(f"target {name!r}: its loss does not depend on the model's parameters.")
@@ -126,11 +127,23 @@ class TargetPass:
             ]
             total = loss.detach() if total is None else total + loss.detach()
             summed = [a.add_(b) for a, b in zip(summed, gradient, strict=True)] if summed else gradient
-        assert total is not None
+        if total is None:
+            return self._nothing(), [torch.zeros_like(p) for p in self.params]
         return total, summed
 
     def _mean(self, name: str, target: Target) -> Tensor:
-        return torch.stack([self._loss(name, target, batch).detach() for batch in target.batches]).mean()
+        losses = [self._loss(name, target, batch).detach() for batch in self._batches(name, target)]
+        share = len(losses) / len(target.batches)
+        return torch.stack(losses).mean() * share if losses else self._nothing()
+
+    def _batches(self, name: str, target: Target) -> Sequence[Any]:
+        """Those that this process takes: all, where it is the only one."""
+        return target.batches
+
+    def _nothing(self) -> Tensor:
+        """A loss of no batch."""
+        some = self.params[0]
+        return torch.zeros((), dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
 
     def _loss(self, name: str, target: Target, batch: Any) -> Tensor:
         loss = target.loss(self.model, batch)
@@ -141,6 +154,16 @@ class TargetPass:
                 "return its mean or its sum."
             )
         return loss.reshape(())
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Compiled models run eagerly inside: what a compiler makes cannot be differentiated twice."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _refuse_delayed_errors(root: Tensor) -> None:
@@ -164,15 +187,17 @@ def _refuse_delayed_errors(root: Tensor) -> None:
 @contextmanager
 def undisturbed(model: Module) -> Iterator[None]:
     """Evaluation mode inside; modes, random-number state and autocast of the training run as before afterwards."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), _without_reentrant_checkpoints():
+    with torch.random.fork_rng(devices=devices), without_reentrant_checkpoints():
         model.eval()
         try:
             yield
         finally:
-            for module in training:
-                module.training = True
+            if modes[0][1]:
+                model.train()  # for modules that do more than change a flag (cached attention biases, merged adapters)
+            for module, mode in modes:
+                module.training = mode
 
 
 class _NonReentrant:
@@ -184,7 +209,7 @@ class _NonReentrant:
 
 
 @contextmanager
-def _without_reentrant_checkpoints() -> Iterator[None]:
+def without_reentrant_checkpoints() -> Iterator[None]:
     """Activation checkpoints of the other kind: the re-entrant one is incompatible with `torch.autograd.grad`."""
     original = checkpointing.CheckpointFunction
     checkpointing.CheckpointFunction = _NonReentrant  # type: ignore[assignment,misc]

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from assay.capture import Coverage, Weights
+from assay.capture import Capture, Coverage, Weights
 from assay.capture.factors import Factors
 from assay.capture.marks import Directions, Weight
 from assay.optimizers import OptimizerModel
 
 if TYPE_CHECKING:
+    from assay.distributed import OneProcess
     from assay.store import RunWriter
 
-__all__ = ["Context", "Demand", "Method", "MicroBatch", "Session"]
+__all__ = ["Context", "Demand", "Method", "MicroBatch", "Session", "Settles", "Watch"]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a run hands to its methods: model, watched weights and their uses, optimizer's step, ledger's writer."""
+    """What a run hands to its methods: model, weights and their uses, optimizer's step, ledger's writer, processes."""
 
     model: Module
     weights: Weights
     coverage: Coverage
     optimizer: OptimizerModel
     writer: RunWriter
+    processes: OneProcess
+
+
+class Watch(Protocol):
+    """What a method looks at while one micro-batch runs; the method finds it again on the `MicroBatch`."""
+
+    def close(self) -> None:
+        """The micro-batch is over."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,10 +48,16 @@ class Demand:
     Args:
         directions: `{parameter: [targets, *shape]}` for inner products with the per-sample gradients.
         keep: the parameters whose per-sample gradients are kept until the optimizer's step.
+        rounded: what is kept may be held in bfloat16.
+        by_token: what is kept can be taken apart by token.
+        watch: called with the capture of each micro-batch; what it returns sees the backward pass as it runs.
     """
 
     directions: Directions | None = None
     keep: Collection[Parameter] = ()
+    watch: Callable[[Capture], Watch | None] | None = None
+    rounded: bool = False
+    by_token: bool = False
 
 
 @dataclass
@@ -52,11 +68,17 @@ class MicroBatch:
         ids: the user's ids of the samples.
         scores: `[groups, targets, B]` inner products, before the optimizer's scale.
         kept: the per-sample gradients that a method asked to keep, use by use.
+        positions: T of the longest sequence in it, where tokens are followed.
+        watch: what the method's `Demand.watch` returned.
+        weights: `[B]`, what each sample's own loss was multiplied by in the loss; None if the user did not say.
     """
 
     ids: Sequence[int | str]
     scores: Tensor
     kept: list[tuple[Weight, Factors]] = field(default_factory=list)
+    positions: int = 0
+    watch: Watch | None = None
+    weights: Tensor | None = None
 
 
 class Session(Protocol):
@@ -98,6 +120,15 @@ class Session(Protocol):
         ...
 
     seconds: float
+
+
+@runtime_checkable
+class Settles(Protocol):
+    """A session that waits for the next step to value the last one."""
+
+    def settle(self) -> None:
+        """Value it now: a checkpoint is about to be saved."""
+        ...
 
 
 class Method(Protocol):

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from assay.errors import AssayWarning, StoreError
 from assay.store import RunWriter
+from assay.store.schema import rest_column, tokens_column
 
 __all__ = ["Booking", "Books"]
 
@@ -32,10 +34,13 @@ class Booking:
         gap: how far what the loop did to the gradient was from being a scale.
         ids: by micro-batch.
         values: by micro-batch, `[targets, B]`.
+        tokens: by micro-batch, the values by token, `[targets, B, T + 1]`, where they are asked for.
         late: ids of earlier steps, and what reached them only now, `[targets, ids]`.
+        elsewhere: `[targets]`, the sum of the values that other processes book for the same step.
         carried: `[targets]`, what the momentum of earlier gradients did and nobody was credited with.
         decayed: `[targets]`, what the weight decay did.
         points: of the quadrature.
+        seconds: that the points between the ends took.
         met: whether the quadrature met its tolerance.
         after: `[targets]`, losses at w_{t+1}.
         status: of the account's row.
@@ -46,13 +51,27 @@ class Booking:
     gap: Tensor
     ids: Sequence[Ids] = ()
     values: Sequence[Tensor] = ()
+    tokens: Sequence[Tensor] = ()
     late: Sequence[tuple[Ids, Tensor]] = ()
+    elsewhere: Tensor = field(default_factory=lambda: torch.zeros(()))
     carried: Tensor = field(default_factory=lambda: torch.zeros(()))
     decayed: Tensor = field(default_factory=lambda: torch.zeros(()))
     points: int = 0
+    seconds: float = 0.0
     met: bool = True
     after: Tensor | None = None
     status: str = "ok"
+
+
+def token_columns(step: int, micro: int, targets: Sequence[str], values: Tensor) -> dict[str, pl.Series]:
+    """The columns of the table "tokens" for one micro-batch's values by token `[targets, B, T + 1]`."""
+    host = values.cpu().numpy()  # float32 or float64, as it was computed
+    rows = host.shape[1]
+    found = {"step": pl.repeat(step, rows, eager=True), "micro": pl.repeat(micro, rows, eager=True)}
+    for name, per_target in zip(targets, host, strict=True):
+        found[tokens_column(name)] = pl.Series(np.ascontiguousarray(per_target[:, :-1])).arr.to_list()
+        found[rest_column(name)] = pl.Series(np.ascontiguousarray(per_target[:, -1]))
+    return found
 
 
 class Books:
@@ -71,8 +90,22 @@ class Books:
         self.writer, self.targets, self.band, self.path = writer, targets, band, path
         self._sums = {name: [0.0, 0.0, 0.0] for name in targets}  # explained, actual, |actual|
         self._steps = 0
-        self._points: list[tuple[int, int, bool]] = []
+        self._points: list[tuple[int, int, bool, float]] = []
         self._told_gap = self._told_share = False
+        self._recall()
+
+    def _recall(self) -> None:
+        """What the ledger of a resumed run holds already."""
+        ledger = self.writer.ledger
+        for name in self.targets:
+            account = ledger.account(name)
+            self._steps = len(account)
+            ok = account.filter(account["status"] == "ok")
+            explained = float((ok["predicted"] + ok["carried"] + ok["decayed"]).sum())
+            self._sums[name] = [explained, float(ok["actual"].sum()), float(ok["actual"].abs().sum())]
+        if "quadrature" in ledger.tables:
+            known = set(account["step"].to_list())
+            self._points = [row for row in ledger.table("quadrature").rows() if row[0] in known]
 
     def write(self, bookings: Sequence[Booking]) -> None:
         """Move complete bookings to the host and to the writer.
@@ -95,11 +128,14 @@ class Books:
     def _rows_of(self, booking: Booking) -> Iterator[Callable[[], None]]:
         """What is to be added to the writer, row group by row group."""
         assert booking.after is not None
-        predicted = torch.zeros(len(self.targets), dtype=torch.float64)
+        predicted = booking.elsewhere.double().cpu().expand(len(self.targets)).clone()
         for micro, (ids, values) in enumerate(zip(booking.ids, booking.values, strict=True)):
             host = values.double().cpu()  # [targets, B]
             predicted += host.sum(1)
             yield partial(self.writer.add_values, booking.step, micro, ids, host.t().numpy())
+        for micro, (ids, tokens) in enumerate(zip(booking.ids, booking.tokens, strict=False)):
+            columns = token_columns(booking.step, micro, self.targets, tokens)
+            yield partial(self.writer.add_rows, "tokens", ids, columns)
         if booking.late:
             ids = [i for some, _ in booking.late for i in some]
             host = torch.cat([found for _, found in booking.late], 1).double().cpu()
@@ -120,13 +156,17 @@ class Books:
                     self._sums[name][i] += x
         self._steps += 1
         if booking.points:
-            self._points.append((booking.step, booking.points, booking.met))
+            self._points.append((booking.step, booking.points, booking.met, booking.seconds))
         self._warn_of_gap(booking)
 
     def _write_quadrature(self) -> None:
-        """The table "quadrature": step, points (gradients along the step, both ends included), met (the tolerance)."""
+        """The table "quadrature": step, points, met, seconds.
+
+        Points are gradients along the step, both ends included; met says whether the tolerance was; the seconds are
+        those of the points between the ends, which come on top of the one gradient per step that any path takes.
+        """
         if self._points:
-            columns = {"step": pl.Int64(), "points": pl.Int64(), "met": pl.Boolean()}
+            columns = {"step": pl.Int64(), "points": pl.Int64(), "met": pl.Boolean(), "seconds": pl.Float64()}
             self.writer.add_table("quadrature", pl.DataFrame(self._points, schema=columns, orient="row"))
 
     def explained(self) -> Mapping[str, float]:

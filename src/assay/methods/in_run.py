@@ -31,6 +31,7 @@ __all__ = ["InRunShapley"]
 
 PATHS = ("left", "hessian", "trapezoid", "simpson")
 MOMENTUM = ("instant", "sketch", "exact")
+MEMORY = ("keep", "reduced", "recompute")
 
 
 class InRunShapley:
@@ -46,6 +47,16 @@ class InRunShapley:
             steps on the account's line `carried`. "exact" and "sketch" share that line out to the samples that it
             comes from, as values at the later step: "exact" keeps all per-sample gradients of the horizon, "sketch"
             a random projection of each.
+        granularity: "sample", or "token" to take every value apart by position as well, in `ledger.tokens()`: the
+            part of g_i that flows through the weights' uses at each position of dimension 1 of the model's inputs,
+            and what has none. A sample's tokens add up to its value. Needs momentum="instant".
+        memory: what waits for the gradient that values the step, where that comes after the backward pass. "keep": the
+            per-sample gradients. "reduced" (with "trapezoid" and "simpson"): the left end is taken in full, and
+            gradients in bfloat16 wait for the rest; a step's total stays exact, its division among the samples is off
+            by about 1e-3 of the correction. "recompute": the inputs of the model's forward passes alone, which are
+            taken again, forward and backward, with the same random numbers; needs a model whose parameters are used
+            in its own forward pass only, and momentum="instant". On the first micro-batch the start-up check of
+            `Run` keeps everything (`check="off"` does not).
         tolerance: the largest |residual| / |actual| of a step that is left alone; other steps get more points (with
             "trapezoid" and "simpson"). The ledger's table "quadrature" says how many.
         max_points: no step gets more points than this.
@@ -62,12 +73,16 @@ class InRunShapley:
         ['sum']
     """
 
+    several_processes = resumes = True
+
     def __init__(
         self,
         targets: Mapping[str, Target] | Target,
         path: str = "left",
         momentum: str = "instant",
         *,
+        granularity: str = "sample",
+        memory: str = "keep",
         tolerance: float | None = None,
         max_points: int = 17,
         horizon: int | None = None,
@@ -86,6 +101,14 @@ class InRunShapley:
                 )
         self.path = _choice("path", path, PATHS)
         self.momentum = _choice("momentum", momentum, MOMENTUM)
+        self.granularity = _choice("granularity", granularity, ("sample", "token"))
+        if granularity == "token" and momentum != "instant":
+            raise InputError(
+                f"InRunShapley(granularity='token', momentum={momentum!r}): what momentum brings to later steps is not "
+                "taken apart by token; choose momentum='instant'."
+            )
+        self.memory = _choice("memory", memory, MEMORY)
+        _check_memory(memory, path, momentum, granularity)
         if tolerance is not None and path not in ("trapezoid", "simpson"):
             raise InputError(
                 f"InRunShapley(tolerance={tolerance!r}) cannot be met by path={path!r}, which takes no further points; "
@@ -119,6 +142,10 @@ class InRunShapley:
             "path": self.path,
             "momentum": self.momentum,
         }
+        if self.memory != "keep":
+            settings["memory"] = self.memory
+        if self.granularity != "sample":
+            settings["granularity"] = self.granularity
         if self.quadrature.tolerance is not None:
             settings |= {
                 "tolerance": self.quadrature.tolerance,
@@ -133,6 +160,23 @@ class InRunShapley:
     def attach(self, context: Context) -> InRunSession:
         """Start in a run."""
         return InRunSession(self, context)
+
+
+def _check_memory(memory: str, path: str, momentum: str, granularity: str) -> None:
+    """Refuse what a choice of memory cannot serve."""
+    if memory == "keep":
+        return
+    needs = {"granularity='sample'": granularity == "sample"}
+    if memory == "reduced":
+        needs["path='trapezoid' or path='simpson'"] = path in ("trapezoid", "simpson")
+        needs["momentum='instant' or momentum='sketch'"] = momentum != "exact"
+    else:
+        needs["momentum='instant'"] = momentum == "instant"
+    missing = [need for need, met in needs.items() if not met]
+    if missing:
+        raise InputError(
+            f"InRunShapley(memory={memory!r}) needs {' and '.join(missing)}; choose that, or memory='keep'."
+        )
 
 
 def _choice(name: str, value: str, known: Sequence[str]) -> str:

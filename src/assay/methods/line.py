@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.distributed import local
+
 __all__ = ["Line", "placed"]
 
 
 class Line:
     """`w(s) = w_t + s (w_{t+1} − w_t)`: begins at the present weights, ends where `end` is called.
 
-    It holds one copy of the weights, and a second one from `end` on.
+    It holds one copy of the weights, and a second one from `end` on; of a sharded weight, this process's part.
 
     Args:
         params: every parameter that the step moves.
@@ -33,12 +35,12 @@ class Line:
     """
 
     def __init__(self, params: Sequence[Parameter]) -> None:
-        self.start = {p: p.detach().clone() for p in params}
+        self.start = {p: local(p.detach()).clone() for p in params}
         self.stop: dict[Parameter, Tensor] = {}
 
     def end(self) -> None:
         """The step was taken: the line ends at the present weights."""
-        self.stop = {p: p.detach().clone() for p in self.start}
+        self.stop = {p: local(p.detach()).clone() for p in self.start}
 
     def moved(self) -> dict[Parameter, Tensor]:
         """`w_t − w_{t+1}`, the downward step."""
@@ -61,11 +63,11 @@ def placed(
     Written into their own memory, so that views and compiled code see it; autograd's version counters stay, because
     nothing that it saved will be read with other contents.
     """
-    before = {p: p.detach().clone() for p in weights} if back is None else back
+    before = {p: local(p.detach()).clone() for p in weights} if back is None else back
     try:
         for p, value in weights.items():
-            p.data.copy_(value)
+            local(p.data).copy_(value)
         yield
     finally:
         for p, value in before.items():
-            p.data.copy_(value)
+            local(p.data).copy_(value)

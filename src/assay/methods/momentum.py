@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture import Weights, contract
 from assay.capture.factors import Dense, Directional, Lookup, Outer
-from assay.capture.marks import Directions, Weight
+from assay.capture.marks import Directions
+from assay.distributed import local
 from assay.methods.line import placed
 from assay.methods.step import Step
 from assay.optimizers import OptimizerModel
@@ -140,13 +140,13 @@ class ExactTail:
 
     Args:
         optimizer: the model of its step.
-        weights: the watched parameters.
+        params: the watched parameters.
         horizon: how many steps are remembered.
     """
 
-    def __init__(self, optimizer: OptimizerModel, weights: Weights, horizon: int) -> None:
-        self.optimizer, self.weights, self.horizon = optimizer, weights, horizon
-        self.weigher = Weigher(optimizer, weights.params)
+    def __init__(self, optimizer: OptimizerModel, params: Sequence[Parameter], horizon: int) -> None:
+        self.optimizer, self.horizon = optimizer, horizon
+        self.weigher = Weigher(optimizer, params)
         self._past: deque[_Past] = deque(maxlen=horizon)
 
     def weigh(self, step: Step) -> None:
@@ -154,7 +154,7 @@ class ExactTail:
         step.counts = self.weigher.count()
         step.kappas = [self.weigher.kappas(step.counts, past.counts) for past in self._past]
         through = preconditioner(self.optimizer, step)
-        moving = {p: p.detach().clone() for p in read_weights(step, self.weights)}
+        moving = {p: local(p.detach()).clone() for p in read_weights(step)}
         self._open = _Past(step, step.counts, through, moving)
 
     def share(self, step: Step, gradient: Directions, carried: Tensor) -> list[Late]:
@@ -204,24 +204,19 @@ def shared(
     late: list[Late] = []
     with placed(weights) if weights else nullcontext():
         for batch in past.batches:
-            scores = contract(batch.kept, directions, batch.scores)
+            scores = step.processes.contract(batch.kept, directions, batch.scores)
             late.append((batch.ids, torch.einsum("g,gnb->nb", factor.to(scores), scores)))
     return late
 
 
-def read_weights(step: Step, weights: Weights) -> list[Parameter]:
+def read_weights(step: Step) -> list[Parameter]:
     """The parameters whose values the kept gradients read once more when they are contracted."""
     found: dict[Parameter, None] = {}
     for batch in step.batches:
         for weight, factors in batch.kept:
-            if isinstance(factors, Directional) or not is_leaf(weight, weights):
+            if isinstance(factors, Directional) or weight.derived:
                 found.update(dict.fromkeys(weight.params))
     return list(found)
-
-
-def is_leaf(weight: Weight, weights: Weights) -> bool:
-    """Whether a weight is a parameter itself, not computed from one."""
-    return len(weight.params) == 1 and weights.marks.get(id(weight.params[0])) is weight
 
 
 def bytes_of(value: object) -> int:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.distributed import OneProcess
 from assay.methods.line import Line
 from assay.methods.step import along
 
@@ -32,11 +34,13 @@ class Integral:
         gradient: Ḡ.
         points: at how many points of the step the gradient was taken, both ends among them.
         met: whether the account closes within the tolerance; true where none was asked for.
+        seconds: that the points between the ends took.
     """
 
     gradient: Gradient
     points: int
     met: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Quadrature:
         drop: Tensor,
         rounding: Tensor,
         passes: Callable[[], Gradient],
+        processes: OneProcess,
     ) -> Integral:
         """Integrate along one step.
 
@@ -71,26 +76,27 @@ class Quadrature:
             drop: `[targets]`, ℓ(w_t) − ℓ(w_{t+1}).
             rounding: `[targets]`, how well the drop is known.
             passes: takes ∇ℓ at the present weights.
+            processes: that train together, and take the same points.
         """
         rule = _Composite(line, left, right, passes)
         if self.path == "simpson":
             rule.halve()
         if self.tolerance is None:
-            return Integral(rule.mean, rule.points, True)
+            return Integral(rule.mean, rule.points, True, rule.seconds)
         moved = line.moved()
         allowed = (self.tolerance * drop.abs()).maximum(rounding)
-        explained = _drop_of(rule.mean, moved)
-        while not (met := bool(((drop - explained).abs() <= allowed).all())):
+        explained = processes.whole(_drop_of(rule.mean, moved))
+        while not (met := processes.all(bool(((drop - explained).abs() <= allowed).all()))):
             if 2 * rule.points - 1 > self.max_points:
                 break
             before = explained
             rule.halve()
-            explained = _drop_of(rule.mean, moved)
-            if bool(((explained - before).abs() <= 0.1 * allowed).all()):
+            explained = processes.whole(_drop_of(rule.mean, moved))
+            if processes.all(bool(((explained - before).abs() <= 0.1 * allowed).all())):
                 # the integral has settled: what the account still misses has another cause
-                met = bool(((drop - explained).abs() <= allowed).all())
+                met = processes.all(bool(((drop - explained).abs() <= allowed).all()))
                 break
-        return Integral(rule.mean, rule.points, met)
+        return Integral(rule.mean, rule.points, met, rule.seconds)
 
 
 class _Composite:
@@ -101,10 +107,11 @@ class _Composite:
         self.ends = {p: left[p] + right[p] for p in left}
         self.inner: Gradient = {}  # Σ of ∇ℓ over the inner points
         self.mean = {p: 0.5 * e for p, e in self.ends.items()}
-        self.points = 2
+        self.points, self.seconds = 2, 0.0
 
     def halve(self) -> None:
         """Cut every interval in two: one gradient at each of the new points."""
+        started = time.perf_counter()
         intervals = 2 * (self.points - 1)
         odd: Gradient = {}
         for j in range(1, intervals, 2):
@@ -117,6 +124,7 @@ class _Composite:
         self.mean = {p: g / (3 * intervals) for p, g in weighted.items()}
         self.inner = {p: self.inner[p] + g for p, g in odd.items()} if self.inner else odd
         self.points = intervals + 1
+        self.seconds += time.perf_counter() - started
 
 
 def _drop_of(gradient: Gradient, moved: Mapping[Parameter, Tensor]) -> Tensor:

@@ -5,6 +5,9 @@
 | left, K known before the step (SGD), momentum instant | inner products with K ∇ℓ(w_t) | in the backward pass |
 | left, hessian | the per-sample gradients | before the optimizer's step |
 | trapezoid, simpson | the per-sample gradients | when ∇ℓ(w_{t+1}) is there: at the next step's beginning |
+
+With memory="recompute" it is asked for nothing, and forward and backward pass are taken again where the gradients would
+be contracted (`capture.recompute`); with memory="reduced" the values of the left end come first (`correction`).
 """
 
 from __future__ import annotations
@@ -20,17 +23,21 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.capture.recompute import Recompute
 from assay.errors import InputError
 from assay.methods.base import Context, Demand, MicroBatch
 from assay.methods.booking import Booking, Books
+from assay.methods.correction import Correction
 from assay.methods.hessian import HessianProducts
 from assay.methods.line import Line
 from assay.methods.momentum import ExactTail, Tail, default_horizon, read_weights
 from assay.methods.sketch import SketchTail
 from assay.methods.step import Step, read_step, times
-from assay.targets import TargetPass
+from assay.optimizers import OptimizerModel
+from assay.optimizers.adafactor import Adafactor
 
 if TYPE_CHECKING:
+    from assay.distributed import OneProcess
     from assay.methods.in_run import InRunShapley
 
 __all__ = ["InRunSession"]
@@ -46,6 +53,7 @@ class _Open:
     booking: Booking
     line: Line
     left: Gradient
+    correction: Correction | None
 
 
 class InRunSession:
@@ -54,13 +62,21 @@ class InRunSession:
     def __init__(self, method: InRunShapley, context: Context) -> None:
         self.method, self.context = method, context
         self.params = context.weights.params
-        self.passes = TargetPass(context.model, method.targets, self.params)
+        self.processes = context.processes
+        _check_processes(method, self.processes, context.optimizer)
+        self.passes = self.processes.target_pass(method.targets, self.params)
         self.books = Books(context.writer, method.target_names, method.band, method.path)
         self.seconds = 0.0
         self._hessian = HessianProducts(self.passes)
         self._tail = self._make_tail()
         self._tail_bytes = 0
-        self._rides = method.path == "left" and self._tail is None and not context.optimizer.preconditioned
+        self._early = (  # K is known before the backward pass, and with it the direction of the left end
+            method.granularity == "sample"
+            and self._tail is None
+            and not context.optimizer.preconditioned
+            and not self.processes.sharded  # directions are gathered for a contraction, one parameter at a time
+        )
+        self._rides = self._early and method.path == "left"
         self._bookings: list[Booking] = []
         self._open: _Open | None = None
         self._first = True
@@ -73,8 +89,8 @@ class InRunSession:
         if self.horizon == 0:
             return None
         if method.momentum == "exact":
-            return ExactTail(optimizer, self.context.weights, self.horizon)
-        return SketchTail(optimizer, self.context.weights, self.horizon, method.sketch)
+            return ExactTail(optimizer, self.params, self.horizon)
+        return SketchTail(optimizer, self.params, self.horizon, method.sketch)
 
     # --- the step ---
 
@@ -95,29 +111,47 @@ class InRunSession:
         Adam's K_t contains the current gradient in v_t. The published shortcut, v_{t−1}, is off by up to 1/ε wherever
         an entry gets its first gradient (docs/decisions/0003).
         """
-        if not self._rides:
-            return Demand(keep=self.params)
-        gains = {param: self.context.optimizer.previous_gain(param) for param in self.params}
-        return Demand({p: times(self.left[p], gain) for p, gain in gains.items() if gain is not None})
+        method, reduced = self.method, self.method.memory == "reduced"
+        if self._rides or (self._early and reduced):
+            gains = {param: self.context.optimizer.previous_gain(param) for param in self.params}
+            directions = {p: times(self.left[p], gain) for p, gain in gains.items() if gain is not None}
+            return Demand(directions) if self._rides else Demand(directions, keep=self.params, rounded=True)
+        if method.memory == "recompute":
+            model, weights = self.context.model, self.context.weights
+            return Demand(watch=lambda capture: Recompute(model, weights, capture))
+        return Demand(keep=self.params, by_token=method.granularity == "token")
 
     def before_update(self, step: int, batches: Sequence[MicroBatch], scale: Tensor, gap: Tensor) -> None:
         """Read the step's causes, and value it where the gradient for that is there."""
         started = time.perf_counter()
-        read = read_step(self.context.optimizer, self.params, step, batches, scale)
+        if self.method.granularity == "token" and not any(batch.positions for batch in batches):
+            raise InputError(
+                "InRunShapley(granularity='token'): none of the model's inputs was of integers [B, T] or of numbers "
+                "[B, T, d], so there are no tokens; hand the sequence to the model itself, or leave granularity out."
+            )
+        read = read_step(self.context.optimizer, self.params, step, batches, scale, self.processes)
         booking = Booking(step, self.losses, gap, [batch.ids for batch in batches])
         if self._tail is not None:
             self._tail.weigh(read)
         if self._rides:
             booking.values = read.riding_values()
             booking.carried, booking.decayed = read.carried_by(self.left), read.decayed_by(self.left)
-            self._bookings.append(booking)
+            self._book(booking)
         elif self.method.path in ("trapezoid", "simpson"):
             moving = [p for p in self.context.optimizer.params() if p.requires_grad]
-            self._open = _Open(read, booking, Line(moving), self.left)
+            self._open = _Open(read, booking, Line(moving), self.left, self._correction(read))
         else:
             gradient = self.left if self.method.path == "left" else self._second_order(read)
             self._settle(read, booking, gradient)
         self.seconds += time.perf_counter() - started
+
+    def _correction(self, step: Step) -> Correction | None:
+        if self.method.memory != "reduced":
+            return None
+        optimizer = self.context.optimizer
+        lr = {p: optimizer.lr(optimizer.group_index(p)) for p in step.gains}
+        values = step.riding_values() if self._early else step.values(self.left)
+        return Correction.of(step, self.left, values, lr)
 
     def _second_order(self, step: Step) -> Gradient:
         """∇ℓ − ½ H u with u = w_t − w_{t+1}, the step about to be taken."""
@@ -129,16 +163,32 @@ class InRunSession:
         curved = self._hessian(u)
         return {p: g - 0.5 * curved[p] for p, g in self.left.items()}
 
-    def _settle(self, step: Step, booking: Booking, gradient: Gradient) -> None:
+    def _settle(
+        self, step: Step, booking: Booking, gradient: Gradient, correction: Correction | None = None
+    ) -> None:
         """The step's values and the account's lines, all from one mean gradient along it; the weights are w_t."""
-        booking.values = step.values(gradient)
+        if self.method.granularity == "token":
+            booking.tokens = step.token_values(gradient)
+            booking.values = [found.sum(2) for found in booking.tokens]
+        else:
+            booking.values = step.values(gradient) if correction is None else correction.corrected(gradient)
         booking.carried, booking.decayed = step.carried_by(gradient), step.decayed_by(gradient)
         if self._tail is not None:
             booking.late = self._tail.share(step, gradient, booking.carried)
-            for _, values in booking.late:
-                booking.carried = booking.carried - values.sum(1)
             self._tail.remember(step)
             self._tail_bytes = max(self._tail_bytes, self._tail.bytes())
+        self._book(booking)
+
+    def _book(self, booking: Booking) -> None:
+        """A valued step: what other processes book for it counts in its account."""
+        values = torch.stack([found.sum(1).double() for found in booking.values])
+        late = torch.stack(
+            [found.sum(1).double() for _, found in booking.late] or [torch.zeros_like(values[0])]
+        )
+        own = torch.stack([values.sum(0), late.sum(0)])  # [2, targets]
+        all_values, all_late = self.processes.total(own)
+        booking.carried = booking.carried - all_late.to(booking.carried)
+        booking.elsewhere = all_values + all_late - own.sum(0)
         self._bookings.append(booking)
 
     def _arrive(self, losses: Tensor, right: Gradient | None = None) -> None:
@@ -150,18 +200,35 @@ class InRunSession:
         """
         if self._open is not None:
             assert right is not None
-            open_, self._open = self._open, None
-            open_.line.end()
-            drop = open_.booking.before - losses
-            integral = self.method.quadrature.integrate(
-                open_.line, open_.left, right, drop, _rounding(losses), lambda: self.passes.gradients()[1]
-            )
-            open_.booking.points, open_.booking.met = integral.points, integral.met
-            reads = read_weights(open_.step, self.context.weights)
-            with torch.no_grad(), open_.line.at(0) if reads else nullcontext():
-                self._settle(open_.step, open_.booking, integral.gradient)
+            try:
+                self._value(self._open, losses, right)
+            except (
+                Exception
+            ):  # it would be the same again; a signal leaves the step to be valued at the close
+                self._open = None
+                raise
+            self._open = None
         if self._bookings and self._bookings[-1].after is None:
             self._bookings[-1].after = losses
+
+    def _value(self, open_: _Open, losses: Tensor, right: Gradient) -> None:
+        """Value a step by the mean gradient along its line, of which the weights stand at the end."""
+        open_.line.end()
+        drop = open_.booking.before - losses
+        integral = self.method.quadrature.integrate(
+            open_.line,
+            open_.left,
+            right,
+            drop,
+            _rounding(losses),
+            lambda: self.passes.gradients()[1],
+            self.processes,
+        )
+        booking = open_.booking
+        booking.points, booking.met, booking.seconds = integral.points, integral.met, integral.seconds
+        reads = self.method.memory == "recompute" or not self.processes.all(not read_weights(open_.step))
+        with torch.no_grad(), open_.line.at(0) if reads else nullcontext():
+            self._settle(open_.step, booking, integral.gradient, open_.correction)
 
     def skipped(self, step: int) -> None:
         """Nothing moved: an empty row that says so."""
@@ -182,6 +249,10 @@ class InRunSession:
             self._arrive(self.passes.losses())
 
     # --- booking ---
+
+    def settle(self) -> None:
+        """Value the last step now, at the weights as they stand, and not when the next one begins."""
+        self._finish()
 
     def close(self) -> None:
         """Measure the effect of the last step, and hand everything over."""
@@ -214,6 +285,27 @@ class InRunSession:
                     f"target {name!r}: its loss is {loss} at the first step, so nothing can be valued against it; "
                     "check its batches and its loss function."
                 )
+
+
+def _check_processes(method: InRunShapley, processes: OneProcess, optimizer: OptimizerModel) -> None:
+    """Refuse what has no exact form where each process holds a part of the model."""
+    if not processes.sharded:
+        return
+    for argument, value, instead in (
+        ("path", "hessian", "trapezoid"),
+        ("momentum", "sketch", "exact"),
+        ("memory", "recompute", "keep"),
+        ("granularity", "token", "sample"),
+    ):
+        if getattr(method, argument) == value:
+            raise InputError(
+                f"InRunShapley({argument}={value!r}) is not to be had under fully_shard; choose {argument}={instead!r} "
+                "or train with DistributedDataParallel."
+            )
+    if isinstance(optimizer, Adafactor):
+        raise InputError(
+            "Run(optimizer): Adafactor's factored moments mix the shards of a parameter; under fully_shard use AdamW."
+        )
 
 
 def _rounding(losses: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ among samples has.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture import Weights
 from assay.capture.factors import Dense, Factors, Lookup, Outer
 from assay.capture.marks import Directions, Weight
 from assay.methods.base import MicroBatch
@@ -36,7 +35,6 @@ from assay.methods.momentum import (
     Through,
     Weigher,
     bytes_of,
-    is_leaf,
     preconditioner,
     read_weights,
     shared,
@@ -78,22 +76,22 @@ class SketchTail:
 
     Args:
         optimizer: the model of its step.
-        weights: the watched parameters.
+        params: the watched parameters.
         horizon: how many steps are remembered.
         size: k; a prime keeps the folds of matrices out of step with their rows.
         seed: of the signs.
     """
 
     def __init__(
-        self, optimizer: OptimizerModel, weights: Weights, horizon: int, size: int, seed: int = 0
+        self, optimizer: OptimizerModel, params: Sequence[Parameter], horizon: int, size: int, seed: int = 0
     ) -> None:
-        self.optimizer, self.weights, self.size = optimizer, weights, size
-        self.weigher = Weigher(optimizer, weights.params)
+        self.optimizer, self.size = optimizer, size
+        self.weigher = Weigher(optimizer, params)
         self._past: deque[_Past] = deque(maxlen=horizon)
         self._balance: Through = {}
         self._balanced_at = self._steps = 0
         self._start: dict[Parameter, int] = {}  # where a parameter's entries begin in the row of them all
-        for p in weights.params:
+        for p in params:
             self._start[p] = sum(q.numel() for q in self._start)
         generator = torch.Generator().manual_seed(seed)
         self._signs = {
@@ -101,7 +99,7 @@ class SketchTail:
             .mul_(2)
             .sub_(1)
             .to(p.device)
-            for p in weights.params
+            for p in params
         }
 
     # --- the step ---
@@ -163,8 +161,9 @@ class SketchTail:
         coupled = any(self.optimizer.couples_decay(p) for p in step.counts)
         if coupled or covered < 0.9:
             return late
-        missing = carried * covered - torch.stack([values.sum(1) for _, values in late]).sum(0)  # [targets]
-        total = variances.sum(1)
+        found = torch.stack([values.sum(1) for _, values in late]).sum(0)  # [targets]
+        found, total = step.processes.total(torch.stack([found, variances.sum(1).to(found)]))
+        missing = carried * covered - found
         pull = torch.where(total > 0, missing / total, 0.0)
         parts = torch.split(pull[:, None] * variances, [len(ids) for ids, _ in late], 1)
         return [(ids, values + part) for (ids, values), part in zip(late, parts, strict=True)]
@@ -214,7 +213,7 @@ class SketchTail:
         weights: dict[Parameter, Tensor] = {}
         if any(batch.kept for batch in rest):
             remaining = replace(step, batches=rest, gains={}, carried={}, decayed={}, kappas=[])
-            weights = {p: p.detach().clone() for p in read_weights(remaining, self.weights)}
+            weights = {p: p.detach().clone() for p in read_weights(remaining)}
         kept = {p for batch in rest for weight, _ in batch.kept for p in weight.params}
         return _Past(
             ids, torch.cat(rows), self._balance, step.counts, remaining, weights,
@@ -223,7 +222,7 @@ class SketchTail:
 
     def _add(self, sketch: Tensor, weight: Weight, factors: Factors, step: Step, through: Through) -> bool:
         """Add the sketch of one use's gradients to `[B, k]`, if they have one."""
-        if not is_leaf(weight, self.weights):
+        if weight.derived:
             return False
         (param,) = weight.params
         if param not in step.counts:

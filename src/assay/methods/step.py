@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture import contract
 from assay.capture.marks import Directions
+from assay.capture.recompute import Recompute
+from assay.capture.tokens import contract_by_token
+from assay.distributed import OneProcess, local
 from assay.methods.base import MicroBatch
 from assay.optimizers import OptimizerModel
 
@@ -30,6 +32,7 @@ class Step:
         gains: K_t / lr of each parameter that moves; contains 1 / loss_scale.
         carried: what the momentum of earlier gradients moves.
         decayed: what the weight decay moves.
+        processes: that train together; where they shard the model, gains and parts are those of the shards.
         kappas: what `momentum.Tail.weigh` said of the earlier steps, in its order.
         counts: the optimizer's own number of this step, by parameter; filled where the momentum is shared out.
     """
@@ -42,6 +45,7 @@ class Step:
     gains: Mapping[Parameter, Tensor | float]
     carried: Mapping[Parameter, Tensor | float]
     decayed: Mapping[Parameter, Tensor | float]
+    processes: OneProcess
     counts: dict[Parameter, int] = field(default_factory=dict)
     kappas: list[dict[Parameter, float]] = field(default_factory=list)
 
@@ -55,20 +59,36 @@ class Step:
 
     def values(self, gradient: Directions) -> list[Tensor]:
         """`[targets, B]` by micro-batch: ⟨∇ℓ, K_t g_i⟩ for `{parameter: [targets, *shape]}`, from kept gradients."""
-        directions = {
+        directions, factor = self._directions(gradient), self.lr * self.scale
+        return [_weighted(factor, self._products(batch, directions)) for batch in self.batches]
+
+    def _products(self, batch: MicroBatch, directions: Directions) -> Tensor:
+        """`[groups, targets, B]`, from what was kept or by taking the forward passes again; the weights are w_t."""
+        if isinstance(batch.watch, Recompute):
+            with self.processes.aside():
+                return batch.watch.products(directions, batch.scores)
+        return self.processes.contract(batch.kept, directions, batch.scores)
+
+    def token_values(self, gradient: Directions) -> list[Tensor]:
+        """`[targets, B, T + 1]` by micro-batch: `values` taken apart by token, what has no position last."""
+        directions, factor = self._directions(gradient), self.lr * self.scale
+        scores = [contract_by_token(b.kept, directions, b.scores, b.positions) for b in self.batches]
+        return [torch.einsum("g,gnbt->nbt", factor.to(found), found) for found in scores]
+
+    def _directions(self, gradient: Directions) -> dict[Parameter, Tensor]:
+        """K_t ∇ℓ / lr; zero for parameters that do not move."""
+        return {
             p: times(g, self.gains[p]) if p in self.gains else torch.zeros_like(g)
             for p, g in gradient.items()
         }
-        factor = self.lr * self.scale
-        return [_weighted(factor, contract(batch.kept, directions, batch.scores)) for batch in self.batches]
 
     def carried_by(self, gradient: Directions) -> Tensor:
         """`[targets]`: ⟨∇ℓ, carried⟩."""
-        return _total(gradient, self.carried)
+        return self.processes.whole(_total(gradient, self.carried))
 
     def decayed_by(self, gradient: Directions) -> Tensor:
         """`[targets]`: ⟨∇ℓ, decayed⟩."""
-        return _total(gradient, self.decayed)
+        return self.processes.whole(_total(gradient, self.decayed))
 
 
 def read_step(
@@ -77,6 +97,7 @@ def read_step(
     number: int,
     batches: Sequence[MicroBatch],
     scale: Tensor,
+    processes: OneProcess,
 ) -> Step:
     """Read a coming step from the optimizer, in its pre-hook: the weights have not moved yet.
 
@@ -86,6 +107,7 @@ def read_step(
         number: of the step.
         batches: its micro-batches.
         scale: `[groups]`, c.
+        processes: that train together.
     """
     like = batches[0].scores
     splits = {p: optimizer.split(p) for p in params if p.grad is not None}
@@ -101,9 +123,10 @@ def read_step(
         lr,
         scale.to(like),
         optimizer.grad_scale(),
-        {p: split.gain for p, split in splits.items()},
-        {p: split.carried for p, split in splits.items()},
-        {p: split.decayed for p, split in splits.items()},
+        {p: _held(split.gain) for p, split in splits.items()},
+        {p: _held(split.carried) for p, split in splits.items()},
+        {p: _held(split.decayed) for p, split in splits.items()},
+        processes,
     )
 
 
@@ -119,6 +142,10 @@ def along(direction: Tensor, moved: Tensor | float) -> Tensor:
         return rows.sum(1) * moved if moved else rows.new_zeros(rows.shape[0])
     wide = torch.promote_types(direction.dtype, moved.dtype)
     return rows.to(wide) @ moved.to(wide).expand(direction.shape[1:]).flatten()
+
+
+def _held(x: Tensor | float) -> Tensor | float:
+    return local(x) if isinstance(x, Tensor) else x
 
 
 def _weighted(factor: Tensor, scores: Tensor) -> Tensor:

@@ -1,0 +1,313 @@
+"""`DataValueEmbedding` at work: what a training step leaves on the disk.
+
+Projected gradients are formed in the backward pass, use by use. Where K is no multiple of the identity they must pass
+the optimizer's diagonal before the projection, which is known only at the step: then the factored gradients are kept
+until it. Rows go to the disk in a thread of their own; the queue to it is bounded, so that a slow disk slows training
+and fills no memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from assay.capture import Capture
+from assay.capture.bottleneck import projected_through, refuse_uncovered
+from assay.capture.factors import Factors
+from assay.capture.marks import Weight
+from assay.embedding.draws import logits_of, output_gradients
+from assay.embedding.header import Header, write_header
+from assay.embedding.sides import balanced, choose_sides
+from assay.errors import AssayWarning, InputError, StoreError
+from assay.index.header import sides_crc
+from assay.methods.base import Context, Demand, MicroBatch
+from assay.methods.momentum import Weigher, preconditioner
+from assay.methods.step import Step, read_step
+from assay.projection import Projector
+from assay.rows import RowWriter
+from assay.rows.background import Background
+from assay.rows.format import DTYPES
+
+if TYPE_CHECKING:
+    from assay.methods.embedding import DataValueEmbedding
+
+__all__ = ["EmbeddingSession"]
+
+COMMIT_BYTES = 4 << 20
+Kept = list[tuple[Weight, Factors]]
+
+
+class _Watch:
+    """The projected gradients of one micro-batch as its backward pass runs, and the draws of its curvature."""
+
+    def __init__(self, session: EmbeddingSession, capture: Capture, generator: torch.Generator) -> None:
+        self.session, self.capture, self.generator = session, capture, generator
+        self.rows = session.projector.empty(capture.batch)
+        self.drawn: list[Tensor] = []
+        self.kept_draws: list[Kept] = []
+        capture.takes.append(self._taker(self.rows, None))
+        self._hook = None
+        if session.method.curvature == "ggn":
+            self._hook = session.logits.register_forward_hook(self._see_logits)
+
+    def close(self) -> None:
+        """Let go of the module."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _see_logits(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not self.capture.paused and torch.is_grad_enabled():
+            logits = logits_of(output)
+            if logits.requires_grad:
+                logits.register_hook(lambda gradient: self._draw(logits, gradient))  # type: ignore[no-untyped-call]
+
+    def _draw(self, logits: Tensor, gradient: Tensor) -> None:
+        """In the backward pass, before it goes below the logits: go there with other gradients first."""
+        if self.capture.looking is not None or self.capture.paused:
+            return
+        with torch._C.DisableTorchFunction():
+            found = list(output_gradients(logits, gradient, self.session.method.draws, self.generator))
+        for n, other in enumerate(found):
+            if n == len(self.drawn):
+                self.drawn.append(self.session.projector.empty(self.capture.batch))
+                self.kept_draws.append([])
+            self.capture.look(logits, other, self._taker(self.drawn[n], self.kept_draws[n]))
+
+    def _taker(self, rows: Tensor, kept: Kept | None) -> Any:
+        def take(weight: Weight, factors: Factors) -> None:
+            if self.session.ready:
+                self.session.projector.add(rows, weight, factors)
+            if kept is not None and self.session.preconditioned:
+                kept.append((weight, factors))
+
+        return take
+
+
+class EmbeddingSession:
+    """`DataValueEmbedding` in one run."""
+
+    def __init__(self, method: DataValueEmbedding, context: Context) -> None:
+        self.method, self.context = method, context
+        self.params = context.weights.params
+        self.preconditioned = context.optimizer.preconditioned
+        self.seconds = 0.0
+        self.ranks, self.sides = choose_sides(method, context)
+        self.projector = Projector(context.weights, self.sides)
+        self.through = self.projector.sides
+        self.ready = not (self.preconditioned and method.projection.kind == "random")  # D is not known yet
+        self.logits = context.model
+        if method.logits is not None:
+            self.logits = context.model.get_submodule(method.logits)
+        if context.processes.size > 1:
+            raise InputError(
+                "DataValueEmbedding records in one process, and this run has several: train in one, or leave it out."
+            )
+        self.folder = context.writer.gradients
+        if self.folder.read_json("header.json") is not None:
+            raise StoreError(f"{self.folder.place} already holds recorded gradients: choose another out=")
+        self._weigher = Weigher(context.optimizer, self.params)
+        self._generator = torch.Generator().manual_seed(method.seed)
+        self._writer: RowWriter | None = None
+        self._background = Background(self._write, method.queue)
+        self._background.__enter__()
+        self._refused: StoreError | None = None
+        self._not_finite = 0
+
+    # --- the step ---
+
+    def begin_step(self, step: int) -> Demand:
+        """Watch the backward pass; keep the gradients where the optimizer's diagonal is still to come."""
+        return Demand(keep=self.params if self.preconditioned else (), watch=self._watch)
+
+    def _watch(self, capture: Capture) -> _Watch:
+        return _Watch(self, capture, self._generator)
+
+    @torch.no_grad()
+    def before_update(self, step: int, batches: Sequence[MicroBatch], scale: Tensor, gap: Tensor) -> None:
+        """Read K_t and hand the step's rows to the writer.
+
+        Raises:
+            CoverageError: a parameter whose gradients cannot be projected.
+            StoreError: the disk refused; everything recorded is kept in memory and offered again.
+        """
+        refuse_uncovered(self.context.weights)
+        read = read_step(self.context.optimizer, self.params, step, batches, scale, self.context.processes)
+        read.counts = self._weigher.count()
+        through = preconditioner(self.context.optimizer, read)
+        if not self.ready:
+            self._balance(batches, through)
+        rows = torch.cat([self._rows_of(batch, through) for batch in batches])
+        scalars = self._scalars(read, through)
+        if self._writer is None:
+            self._start(rows)
+        ids = [i for batch in batches for i in batch.ids]
+        counts = [len(batch.ids) for batch in batches]
+        given = [batch.weights for batch in batches]
+        weights = [
+            torch.full((n,), 1 / len(ids)) if w is None else w for n, w in zip(counts, given, strict=True)
+        ]
+        self._background.put(step, ids, counts, torch.cat(weights), scalars, rows.cpu())
+        self._raise_refused()
+
+    def _balance(self, batches: Sequence[MicroBatch], through: Mapping[Parameter, Tensor | float]) -> None:
+        """At the first step: weigh the projections by D, and project what was kept until D was known."""
+        names = self.context.weights.names
+        self.sides, inverse = balanced(self.sides, {names[p]: D for p, D in through.items()})
+        self.projector = Projector(self.context.weights, self.sides)
+        self.through = Projector(self.context.weights, inverse).sides
+        self.ready = True
+        for batch in batches:
+            assert isinstance(batch.watch, _Watch)
+            for rows, kept in (
+                (batch.watch.rows, batch.kept),
+                *zip(batch.watch.drawn, batch.watch.kept_draws, strict=True),
+            ):
+                for weight, factors in kept:
+                    self.projector.add(rows, weight, factors)
+
+    def _rows_of(self, batch: MicroBatch, through: Mapping[Parameter, Tensor | float]) -> Tensor:
+        """`[B, parts · width]`."""
+        watch = batch.watch
+        assert isinstance(watch, _Watch)
+        pairs = [(watch.rows, batch.kept), *zip(watch.drawn, watch.kept_draws, strict=True)]
+        if not self.preconditioned:
+            return torch.cat([rows for rows, _ in pairs], 1)
+        parts = [part for rows, kept in pairs for part in (rows, self._through(kept, len(rows), through))]
+        return torch.cat(parts, 1)
+
+    def _through(self, kept: Kept, batch: int, through: Mapping[Parameter, Tensor | float]) -> Tensor:
+        """`[B, width]`: P D g."""
+        rows = self.projector.empty(batch)
+        for weight, factors in kept:
+            found = projected_through(weight, factors, self.through, through)
+            for param, part in found.items():
+                rows[:, self.projector.slices[param]] += part.flatten(1)
+        return rows
+
+    def _scalars(self, step: Step, through: Mapping[Parameter, Tensor | float]) -> list[float]:
+        """`[parameters · 7]`: what `recursion.Update` needs of the step besides its rows."""
+        optimizer, found = self.context.optimizer, []
+        known: dict[tuple[int, int], list[float]] = {}
+        for p in self.projector.slices:
+            t = step.counts.get(p)
+            if t is None or p not in step.gains:
+                found += [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0]  # the step passes over it
+                continue
+            group, D = optimizer.group_index(p), through[p]
+            if (group, t) not in known:
+                kappa = optimizer.tail(p, t, t)
+                speed = float(step.lr[group]) * kappa
+                carry = optimizer.tail(p, t, t - 1) / kappa if t > 1 and kappa else 0.0
+                known[group, t] = [
+                    speed,
+                    float(step.scale[group]) / float(step.loss_scale),
+                    carry,
+                    optimizer.momentum_decay(p),
+                ]
+            speed, scale, carry, decay = known[group, t]
+            shrink, decoupled = optimizer.decay(p)
+            keep = 1 - float(step.lr[group]) * shrink if decoupled else 1.0
+            mean = float(D.mean()) if shrink and not decoupled and isinstance(D, Tensor) else 1.0
+            pull = 0.0 if decoupled else shrink * mean
+            sign = float(D) if not self.preconditioned else 1.0  # -1 where the optimizer maximises
+            found += [speed, scale * sign, keep, carry, decay, pull, float(step.lr[group])]
+        return found
+
+    def skipped(self, step: int) -> None:
+        """Nothing moved."""
+
+    def unattended_update(self) -> None:
+        """The step counts for the momentum, and nothing is known of its curvature."""
+        self._weigher.count()
+
+    # --- the disk ---
+
+    def _start(self, rows: Tensor) -> None:
+        method, width = self.method, self.projector.width
+        draws = rows.shape[1] // (width * (1 + self.preconditioned)) - 1
+        shapes = {n: tuple(p.shape) for p, n in self.context.weights.names.items()}
+        header = Header(
+            method.projection, self.ranks, shapes, self.projector.layers, self.preconditioned, draws, method.dtype,
+            sides_crc(self.sides),
+        )  # fmt: skip
+        write_header(self.folder, header, self.sides)
+        blocks = [
+            (part * width + layer.start, part * width + layer.stop)
+            for part in range(header.parts)
+            for layer in header.layers
+        ]
+        bytes_of_row = rows.shape[1] * DTYPES[method.dtype].itemsize
+        shard = method.shard or max(64, COMMIT_BYTES // bytes_of_row)
+        self._writer = RowWriter(self.folder.below("rows"), rows.shape[1], method.dtype, blocks, shard)
+
+    def _write(
+        self,
+        step: int,
+        ids: list[Any],
+        counts: list[int],
+        weights: Tensor,
+        scalars: list[float],
+        rows: Tensor,
+    ) -> None:
+        """In the background: the table's lines and the rows. The first line of a step has its scalars."""
+        n = len(ids)
+        finite = rows.isfinite().all(1)
+        if not bool(finite.all()):
+            self._not_finite += int((~finite).sum())
+            rows = torch.where(finite[:, None], rows, 0.0)
+        table = pl.DataFrame(
+            {
+                "id": pl.Series(ids),
+                "step": pl.Series([step] * n, dtype=pl.Int64),
+                "micro": pl.Series(
+                    [m for m, count in enumerate(counts) for _ in range(count)], dtype=pl.Int32
+                ),
+                "weight": pl.Series(weights.tolist(), dtype=pl.Float64),
+                "of": pl.Series([n] * n, dtype=pl.Int32),
+                "scalars": pl.Series([scalars, *[None] * (n - 1)], dtype=pl.List(pl.Float64)),
+            }
+        )
+        assert self._writer is not None
+        try:
+            self._writer.append(table, rows)
+        except StoreError as error:  # the writer has taken the rows, and offers them again
+            self._refused = error
+
+    def _raise_refused(self) -> None:
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            raise StoreError(
+                f"{refused}; nothing recorded is lost: the rows wait in memory for the next step or close()"
+            ) from refused
+
+    def flush(self) -> None:
+        """Rows reach the disk by themselves, a shard at a time."""
+
+    def close(self) -> None:
+        """Wait for the disk, and commit what is left.
+
+        Raises:
+            StoreError: the disk refuses; close again once it does not.
+        """
+        background, self._background = self._background, Background(self._write)
+        background.__exit__(None, None, None) if background._thread.is_alive() else None
+        if self._writer is not None:
+            self._writer.close()
+        if self._not_finite:
+            warnings.warn(
+                f"{self._not_finite} recorded gradients were not finite and are stored as zeros: embeddings take these "
+                "samples for ones that did nothing.",
+                AssayWarning,
+                stacklevel=2,
+            )
+            self._not_finite = 0
+
+    def explained(self) -> Mapping[str, float]:
+        """There is no account."""
+        return {}

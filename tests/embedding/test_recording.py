@@ -1,0 +1,254 @@
+"""What is recorded, beside per-sample gradients by plain autograd; and what a run with several methods books."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import assay
+from assay.capture import Weights
+from assay.embedding.header import draw_sides
+from assay.embedding.recorded import Recorded
+from tests.embedding.runs import BATCH, CLASSES, OPTIMIZERS, data, loss_fn, network, order, record, recorded
+
+
+def gradients(model: nn.Module) -> Tensor:
+    """`[B, entries]`: of the terms of the first step's loss, at the first weights."""
+    x, y = data()
+    ids = order()[0]
+    terms = F.cross_entropy(model(x[ids]), y[ids], reduction="none") / len(ids)
+    rows = [torch.autograd.grad(term, list(model.parameters()), retain_graph=True) for term in terms]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def weights_of(model: nn.Module) -> Weights:
+    return Weights(model.named_parameters(), dict.fromkeys(model.parameters(), 0))
+
+
+def projected(g: Tensor, found: Recorded, inverse: bool = False) -> Tensor:
+    """`[B, width]`: by the projection written out as one matrix per parameter, balanced by R or by R⁻¹."""
+    weights = weights_of(network())
+    header, parts, start = found.header, [], 0
+    params = {name: p for p, name in weights.names.items()}
+    for name, sides in header.sides(found.folder, weights).items():
+        rows, columns = sides.matrix
+        left = torch.eye(rows) if sides.left is None else sides.left
+        right = torch.eye(columns) if sides.right is None else sides.right
+        if inverse:
+            drawn = draw_sides({name: params[name]}, header.projection, header.ranks)[name]
+            left = inverted(left, drawn.left)
+            right = inverted(right, drawn.right)
+        own = g[:, start : start + rows * columns]
+        parts.append(own @ torch.kron(left.double(), right.double()).t())
+        start += rows * columns
+        assert name in found.header.shapes
+    return torch.cat(parts, 1)
+
+
+def inverted(stored: Tensor, drawn: Tensor | None) -> Tensor:
+    """P R⁻¹ from P R and P."""
+    plain = torch.eye(len(stored)) if drawn is None else drawn
+    return torch.where(stored != 0, plain.square() / stored, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["none", "random", "pca"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_rows_are_projected_gradients(optimizer: str, kind: Any) -> None:
+    rank = None if kind == "none" else 2
+    axes = assay.Target([data()], loss_fn) if kind == "pca" else None
+    projection = assay.Projection(rank=rank or 64, kind=kind)
+    _, run = record(optimizer, projection=projection, axes=axes)
+    found = recorded(run)
+    g = gradients(network())
+    rows = found.read(0, BATCH)
+    torch.testing.assert_close(rows[:, 0], projected(g, found), rtol=1e-6, atol=1e-9)
+    if optimizer == "adamw":  # at its first step, √v̂ is the size of the gradient itself
+        D = 1 / (g.sum(0).abs() + 1e-8)
+        torch.testing.assert_close(
+            rows[:, 1], projected(g * D, found, kind == "random"), rtol=1e-5, atol=1e-8
+        )
+        if kind == "random":
+            plain = draw_sides(
+                dict(network().named_parameters()), found.header.projection, found.header.ranks
+            )
+            balanced = found.header.sides(found.folder, weights_of(network()))
+            assert not torch.allclose(balanced["0.weight"].left, plain["0.weight"].left)  # type: ignore[arg-type]
+
+
+def gauss_newton(model: nn.Module) -> Tensor:
+    """`[entries, entries]`: Σ_i Jᵀ (diag(p) − p pᵀ) J / B of the first step, by the Jacobian of the logits."""
+    x, _ = data()
+    ids = order()[0]
+    total = torch.zeros(())
+    for row in x[ids]:
+        logits = model(row[None])[0]
+        J = torch.stack(
+            [
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(z, list(model.parameters()), retain_graph=True)]
+                )
+                for z in logits
+            ]
+        )
+        p = logits.softmax(0).detach()
+        total = total + J.t() @ (torch.diag(p) - torch.outer(p, p)) @ J / len(ids)
+    return total
+
+
+def test_all_draws_are_the_gauss_newton_matrix() -> None:
+    _, run = record("sgd", curvature="ggn", draws="all")
+    j = recorded(run).read(0, BATCH)[:, 1:].flatten(0, 1)
+    assert len(j) == BATCH * CLASSES
+    torch.testing.assert_close(j.t() @ j, gauss_newton(network()))
+
+
+def test_random_draws_are_it_in_the_mean() -> None:
+    expected = gauss_newton(network())
+    _, run = record("sgd", curvature="ggn", draws=600)
+    j = recorded(run).read(0, BATCH)[:, 1:].flatten(0, 1)
+    assert (j.t() @ j - expected).norm() < 0.1 * expected.norm()
+
+
+def test_draws_of_adamw_pass_the_preconditioner() -> None:
+    _, run = record("adamw", curvature="ggn", draws=2)
+    rows = recorded(run).read(0, BATCH)  # g, D g, j, D j, j, D j
+    D = 1 / (gradients(network()).sum(0).abs() + 1e-8)
+    torch.testing.assert_close(rows[:, 3], rows[:, 2] * D)
+    torch.testing.assert_close(rows[:, 5], rows[:, 4] * D)
+
+
+def test_training_is_the_same_with_and_without_draws() -> None:
+    one, _ = record("adamw", curvature="ggn", draws=3)
+    two, _ = record("adamw")
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_another_loss_is_refused_for_the_gauss_newton_matrix() -> None:
+    model = network()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = assay.Run(model, opt, methods=[assay.DataValueEmbedding(curvature="ggn")])
+    x, _ = data()
+    with pytest.raises(assay.InputError, match="no softmax cross-entropy"), run.step([0, 1, 2]):
+        model(x[:3]).square().mean().backward()
+    run.close()
+
+
+def test_weights_of_the_samples_are_those_given_or_equal() -> None:
+    model = network()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = assay.Run(model, opt, methods=[assay.DataValueEmbedding(assay.Projection(kind="none"))])
+    x, y = data()
+    for given in (None, [0.5, 0.25, 0.25]):
+        for part in (slice(0, 3), slice(3, 6)):  # two micro-batches
+            with run.step([0, 1, 2], given):
+                (loss_fn(model, (x[part], y[part])) / 2).backward()
+        opt.step()
+        opt.zero_grad()
+    with pytest.raises(assay.InputError, match="3 ids and weights of shape"), run.step([0, 1, 2], [1.0]):
+        pass
+    run.close()
+    expected = [1 / 6] * 6 + [0.5, 0.25, 0.25] * 2
+    torch.testing.assert_close(
+        recorded(run).weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+
+
+def test_a_loss_scale_that_is_in_the_weights_changes_nothing() -> None:
+    """The gradient that backward() leaves and a_i carry the scale S; the measured c takes it out."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = network()
+        opt = OPTIMIZERS["momentum"](model.parameters())
+        method = assay.DataValueEmbedding(assay.Projection(kind="none"), dtype="fp64")
+        run = assay.Run(model, opt, methods=[method])
+        x, y = data()
+        for ids in order():
+            with run.step(ids, [scale / len(ids)] * len(ids)):
+                (scale * loss_fn(model, (x[ids], y[ids]))).backward()
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad /= scale
+            opt.step()
+            opt.zero_grad()
+        run.close()
+        found.append(run.ledger.embeddings().export())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["left", "trapezoid"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_methods_book_what_each_books_alone(optimizer: str, path: str) -> None:
+    x, y = data()
+    shapley = assay.InRunShapley({"one": assay.Target([(x[:6], y[:6])], loss_fn)}, path=path)
+    _, together = record(optimizer, methods=[shapley])
+    _, alone = record(optimizer)
+    torch.testing.assert_close(recorded(together).read(0, 36), recorded(alone).read(0, 36))
+    model = network()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    with assay.Run(model, opt, methods=[shapley]) as run:
+        for ids in order():
+            with run.step(ids):
+                loss_fn(model, (x[ids], y[ids])).backward()
+            opt.step()
+            opt.zero_grad()
+    expected, found = run.ledger.steps("one"), together.ledger.steps("one")
+    assert found["id"].equals(expected["id"])
+    pair = [torch.from_numpy(frame["value"].to_numpy().copy()) for frame in (found, expected)]
+    torch.testing.assert_close(*pair)
+    with pytest.raises(assay.InputError, match="InRunShapley is there twice"):
+        assay.Run(model, opt, methods=[shapley, shapley])
+
+
+def test_a_budget_is_kept() -> None:
+    _, run = record("sgd", projection=assay.Projection(rank=16), budget=30)
+    found = recorded(run).header
+    assert found.width <= 30
+    assert set(found.ranks.values()) == {
+        3
+    }  # 3·3 + 3 + 3·3 + 3 = 24; rank 4 would take 4·4 + 4 + 3·4 + 3 = 35
+    _, run = record("sgd", projection=assay.Projection(rank=2), ranks={"2.weight": 1})
+    assert recorded(run).header.width == 2 * 2 + 2 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"curvature": "hessian"}, "choose 'fisher' or 'ggn'"),
+        ({"draws": 0}, "whole number from 1 on"),
+        ({"queue": 0}, "queue=0"),
+        ({"dtype": "fp8"}, "dtype='fp8'"),
+        ({"projection": assay.Projection(kind="pca")}, "axes=Target"),
+        ({"budget": 2, "projection": assay.Projection(rank=2)}, "rank 1 takes 4 numbers"),
+        ({"ranks": {"nothing": 2}}, "no parameter 'nothing'"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(assay.InputError, match=words):
+        record("sgd", **settings)
+
+
+def test_questions_that_cannot_be() -> None:
+    model, run = record("sgd")
+    x, y = data()
+    for arguments, words in (
+        ({"curvature": "ggn"}, "recorded no Gauss-Newton rows"),
+        ({"segments": 0}, "from 1 to the number of steps, 9"),
+        ({"blocks": "row"}, "choose 'layer' or 'all'"),
+    ):
+        with pytest.raises(assay.InputError, match=words):
+            run.ledger.embeddings(**arguments)  # type: ignore[arg-type]
+    found = run.ledger.embeddings(segments=2)
+    with pytest.raises(assay.InputError, match="the nearest that does is"):
+        found.influence(model, [(x, y)], loss_fn, at_step=1)
+    with pytest.raises(assay.InputError, match="choose 'row' or 'id'"):
+        found.influence(model, [(x, y)], loss_fn, by="step")  # type: ignore[arg-type]
+    bare = nn.Linear(2, 2)
+    plain = assay.Run(bare, torch.optim.SGD(bare.parameters(), lr=0.1), methods=[assay.DataValueEmbedding()])
+    plain.close()
+    with pytest.raises(assay.InputError, match="recorded no gradients"):
+        plain.ledger.embeddings()

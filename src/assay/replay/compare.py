@@ -1,0 +1,94 @@
+"""Which cheaper method to trust on a run: its rank correlation with the exact answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from assay.errors import InputError
+from assay.evaluate.lds import rank_correlation
+
+if TYPE_CHECKING:
+    from assay.store import Ledger
+
+__all__ = ["agreement"]
+
+IN_RUN = "in-run values"
+
+
+def agreement(ledger: Ledger, exact: Tensor, others: Mapping[str, Tensor]) -> pl.DataFrame:
+    """Rank correlations with the exact answer; see `Ledger.agreement`."""
+    rows = ledger.rows
+    if exact.dim() != 2 or exact.shape[1] != len(rows):
+        raise InputError(
+            f"agreement(exact): shape {list(exact.shape)}, but the run has {len(rows)} rows; give what adjoint gave."
+        )
+    compared = dict(others)
+    if len(ledger.targets) == len(exact):
+        compared = {IN_RUN: _recorded(ledger, rows), **compared}
+    ids, place = torch.unique(_numbers(rows), return_inverse=True)
+    seen = ~exact.isnan().any(0)
+    table: list[dict[str, Any]] = []
+    for method, values in compared.items():
+        by_step, by_id = _correlations(method, values, exact, place, len(ids), seen)
+        for query in range(len(exact)):
+            name = ledger.targets[query] if len(ledger.targets) == len(exact) else str(query)
+            table.append(
+                {
+                    "method": method,
+                    "query": name,
+                    "by_step": None if by_step is None else float(by_step[query]),
+                    "by_id": float(by_id[query]),
+                }
+            )
+    schema = {"method": pl.String, "query": pl.String, "by_step": pl.Float64, "by_id": pl.Float64}
+    return pl.DataFrame(table, schema=schema).sort(
+        "by_id", descending=True, nulls_last=True, maintain_order=True
+    )
+
+
+def _correlations(
+    method: str, values: Tensor, exact: Tensor, place: Tensor, ids: int, seen: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """`[queries]` each: over the rows, and over the samples."""
+
+    def summed(rows: Tensor) -> Tensor:
+        return torch.zeros(len(rows), ids, dtype=torch.float64).index_add(
+            1, place[seen], rows[:, seen].double()
+        )
+
+    if values.shape == exact.shape:
+        values = values.detach().cpu()
+        return rank_correlation(values[:, seen], exact[:, seen]), rank_correlation(
+            summed(values), summed(exact)
+        )
+    if values.shape == (len(exact), ids):
+        return None, rank_correlation(values.detach().cpu().double(), summed(exact))
+    raise InputError(
+        f"agreement(others={{{method!r}: ...}}): shape {list(values.shape)}; give [queries, rows] {list(exact.shape)}, "
+        f"or [queries, ids] {[len(exact), ids]}."
+    )
+
+
+def _numbers(rows: pl.DataFrame) -> Tensor:
+    """`[rows]`: the number of each row's id, in the order of first appearance."""
+    order = {id_: n for n, id_ in enumerate(rows["id"].unique(maintain_order=True))}
+    return torch.tensor([order[id_] for id_ in rows["id"]])
+
+
+def _recorded(ledger: Ledger, rows: pl.DataFrame) -> Tensor:
+    """`[targets, rows]`: the in-run values of the same rows; what momentum brought later counts where it came from."""
+    found = []
+    for target in ledger.targets:
+        steps = ledger.steps(target)
+        if len(steps) != len(rows):
+            raise InputError(
+                f"agreement: the run recorded {len(steps)} values for {len(rows)} rows; values that momentum brought "
+                "to a later step (momentum='sketch' or 'exact') are compared by passing them in others, summed by id."
+            )
+        found.append(torch.tensor(steps["value"].to_list(), dtype=torch.float64))
+    return torch.stack(found)

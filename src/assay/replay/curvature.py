@@ -1,0 +1,362 @@
+"""One micro-batch seen backwards: the Hessian of its loss times λ_g, and every sample's ⟨g_i, λ_g⟩ with it.
+
+The gradient is taken once, with a graph of its own (double backward), under the capture: the per-sample inner products
+with λ_g are the gradient of its probe (`assay.capture`), for all queries at once, and differentiating the gradient
+along λ_g gives H λ_g. For a single query there is a shorter way: the inner products add up to ⟨∇L, λ_g⟩, so that their
+own gradient is H λ_g, and no weight gradient is formed. Whether the model's operations keep that link is compared on
+the first micro-batch. The Gauss-Newton form Jᵀ (∂²ℓ/∂out²) J λ_g goes through the outputs of a module instead.
+
+Attention runs on its plain kernel here, since the fused ones have no second derivative. Where some other operation
+has none, gradients at two near-by points are differenced instead, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from assay.capture import Coverage, Weights
+from assay.capture.check import check_capture
+from assay.capture.fallback import Boundary
+from assay.errors import AssayWarning, InputError
+from assay.replay.flat import Flat
+from assay.replay.twice import TwiceCapture
+from assay.snapshots import RandomState, set_random_state
+from assay.targets import without_reentrant_checkpoints
+
+__all__ = ["Curvature", "Seen"]
+
+CURVATURES = ("hessian", "ggn")
+ROUGH = {
+    torch.float64: 1e-3,
+    torch.float32: 0.3,
+}  # how near differences must come: kinks and rounding are in them
+LINKED = {torch.float64: 1e-9, torch.float32: 1e-3}  # how near the short way must come, relative
+
+
+class Seen:
+    """What one micro-batch gave.
+
+    Args:
+        products: `[queries, P]`, H λ_g; None if not asked for.
+        scores: `[queries, B]`, ⟨g_i, λ_g⟩.
+        loss: of the micro-batch.
+    """
+
+    def __init__(self, products: Tensor | None, scores: Tensor, loss: Tensor) -> None:
+        self.products, self.scores, self.loss = products, scores, loss
+
+
+class Curvature:
+    """Second derivatives of the training loss at the model's present weights.
+
+    Args:
+        model: in the modes that it was trained in.
+        flat: its parameters.
+        loss_fn: the loss that was differentiated.
+        kind: "hessian" or "ggn".
+        outputs: for "ggn": the name of the module whose output the loss is a function of; the model itself if left
+            out.
+        exclude: names of parameters whose per-sample gradients are left out of the values.
+
+    Raises:
+        InputError: an unknown kind or module.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        flat: Flat,
+        loss_fn: Callable[[Module, Any], Tensor],
+        kind: str = "hessian",
+        outputs: str | None = None,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        if kind not in CURVATURES:
+            raise InputError(f"adjoint(curvature={kind!r}) is not known; choose 'hessian' or 'ggn'.")
+        modules = dict(model.named_modules())
+        if outputs is not None and outputs not in modules:
+            raise InputError(f"adjoint(outputs={outputs!r}): the model has no module of that name.")
+        self.model, self.flat, self.loss_fn, self.kind = model, flat, loss_fn, kind
+        self.outputs = modules[outputs] if outputs else model
+        named = [(n, p) for n, p in zip(flat.names, flat.params, strict=True) if n not in exclude]
+        self.weights = Weights(named, dict.fromkeys(flat.params, 0), model.buffers())
+        self.coverage = Coverage(self.weights.names)
+        self._checked = self._differenced = self._looped = self._roots_seen = False
+        self._verified = False
+        self._linked: bool | None = None  # whether the short way is right for this model; not known yet
+
+    def __call__(
+        self, batch: Any, rows: int, random: RandomState, of_g: Tensor, products: bool = True
+    ) -> Seen:
+        """Second derivatives and inner products along λ_g.
+
+        Args:
+            batch: the micro-batch.
+            rows: B, its samples.
+            random: the state of the generators that its forward pass started from.
+            of_g: λ_g, `[queries, P]`.
+            products: whether H λ_g is wanted.
+        """
+        if products and self.kind == "hessian" and not self._differenced:
+            try:
+                seen = self._twice(batch, rows, random, of_g)
+                self._verify(seen, batch, random, of_g)
+                return seen
+            except (NotImplementedError, RuntimeError) as error:
+                if not _no_second_derivative(error):
+                    raise
+                self._differenced = True
+                warnings.warn(
+                    f"the training loss cannot be differentiated twice ({str(error).splitlines()[0]}), so its "
+                    "curvature is taken from central differences of gradients, exact to about the square root of the "
+                    "number format; rewrite the operation for more.",
+                    AssayWarning,
+                    stacklevel=2,
+                )
+        seen, _ = self._watched(batch, rows, random, of_g, twice=False)
+        if products:
+            form = self._gauss_newton if self.kind == "ggn" else self._difference
+            seen.products = form(batch, random, of_g)
+        return seen
+
+    def _twice(self, batch: Any, rows: int, random: RandomState, of_g: Tensor) -> Seen:
+        """By double backward; for one query by the short way, once that has been seen to agree."""
+        short = None
+        if len(of_g) == 1 and self._linked is not False:
+            try:
+                short = self._short(batch, rows, random, of_g)
+            except RuntimeError:  # a rule that cannot be differentiated, not an operation
+                if self._linked:
+                    raise
+                self._linked = False
+            if short is not None and self._linked:
+                return short
+        seen, found = self._watched(batch, rows, random, of_g, twice=True)
+        seen.products = self._differentiate(found, of_g)
+        if short is not None and short.products is not None:
+            apart = float((short.products - seen.products).norm())
+            self._linked = apart <= LINKED.get(of_g.dtype, 3e-2) * float(seen.products.norm())
+        return seen
+
+    def _verify(self, seen: Seen, batch: Any, random: RandomState, of_g: Tensor) -> None:
+        """Once: the second derivative is near that of differences, which not every operation's own formula is.
+
+        Raises:
+            NotImplementedError: it is not.
+        """
+        if self._verified or seen.products is None:
+            return
+        self._verified = True
+        rough = self._difference(batch, random, of_g[:1])
+        apart, size = float((rough - seen.products[:1]).norm()), float(rough.norm())
+        if apart > ROUGH.get(of_g.dtype, 1.0) * size:
+            raise NotImplementedError(
+                f"an operation's own second derivative is off by {apart / size:.0%}, as that of torch's weight_norm is"
+            )
+
+    def _short(self, batch: Any, rows: int, random: RandomState, of_g: Tensor) -> Seen:
+        """H λ_g as the gradient of the samples' inner products: no weight gradient is formed."""
+        capture, loss, found, boundary = self._pass(batch, rows, random, of_g, True, weights=False)
+        (probe,) = found
+        if probe is None or not probe.requires_grad:
+            return self._seen(capture, loss, probe, boundary)
+        curved = torch.autograd.grad(probe.sum(), self.flat.params, allow_unused=True)
+        seen = self._seen(capture, loss, probe, boundary)
+        seen.products = self.flat.join(curved)[None]
+        return seen
+
+    def _watched(
+        self, batch: Any, rows: int, random: RandomState, of_g: Tensor, twice: bool
+    ) -> tuple[Seen, list[Tensor | None]]:
+        """The per-sample inner products, and the gradient that they came with."""
+        capture, loss, (*found, probe), boundary = self._pass(batch, rows, random, of_g, twice)
+        return self._seen(capture, loss, probe, boundary), found
+
+    def _pass(
+        self, batch: Any, rows: int, random: RandomState, of_g: Tensor, twice: bool, weights: bool = True
+    ) -> tuple[TwiceCapture, Tensor, list[Tensor | None], Boundary]:
+        """A forward and backward pass under the capture: gradients of the weights, if wanted, and of the probe."""
+        directions = dict(zip(self.flat.params, self.flat.split(of_g), strict=True))
+        watched = {p: directions[p] for p in self.weights.params}
+        capture = TwiceCapture(self.weights, rows, watched, strict=True, coverage=self.coverage)
+        capture.linked = not weights
+        hook = self.model.register_forward_pre_hook(
+            lambda _, args, kwargs: self._see_input(capture, args, kwargs), with_kwargs=True
+        )
+        inputs = [*(self.flat.params if weights else ()), capture.probe]
+        try:
+            with self._surroundings(random), Boundary(self.model, self.weights, capture) as boundary, capture:
+                loss = self.loss_fn(self.model, batch)
+                found = torch.autograd.grad(loss, inputs, create_graph=twice, allow_unused=True)
+        finally:
+            hook.remove()
+            capture.measuring = False
+        return capture, loss, list(found), boundary
+
+    def _seen(self, capture: TwiceCapture, loss: Tensor, probe: Tensor | None, boundary: Boundary) -> Seen:
+        capture.probe.grad = None if probe is None else probe.detach()
+        scores = boundary.finish()
+        if scores is None:
+            raise InputError("adjoint(loss_fn): it did not use the model, or its loss has no gradient.")
+        return Seen(None, scores.detach().sum(0), loss.detach())
+
+    def _see_input(self, capture: TwiceCapture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The samples are the rows of the model's inputs; once, the start-up check finds what needs a fallback."""
+        if capture.paused:
+            return
+        for tensor in tree_leaves((args, dict(kwargs))):
+            if isinstance(tensor, Tensor):
+                capture.enter(tensor)
+        if not self._checked and capture.batch > 1:
+            self._checked = True
+            capture.paused = True
+            try:
+                check_capture(self.model, args, kwargs, self.weights, capture.batch, self.coverage)
+            finally:
+                capture.paused = False
+
+    def _differentiate(self, found: Sequence[Tensor | None], of_g: Tensor) -> Tensor:
+        """`[queries, P]`: the gradient differentiated along λ_g, all queries in one pass where that is possible."""
+        directions = self.flat.split(of_g)
+        pairs = [(g, d) for g, d in zip(found, directions, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(of_g)
+        roots = [g for g, _ in pairs]
+        if not self._roots_seen:
+            _refuse_delayed_errors(roots)
+            self._roots_seen = True
+        return self.flat.join_rows(
+            self._batched(roots, self.flat.params, [d.to(g.dtype) for g, d in pairs]), len(of_g)
+        )
+
+    def _batched(
+        self, roots: Sequence[Tensor], inputs: Sequence[Tensor], rows: Sequence[Tensor], keep: bool = False
+    ) -> list[Tensor | None]:
+        """`[queries, *input.shape]`: Σ rowsᵀ ∂roots/∂inputs."""
+        queries = len(rows[0])
+        if queries > 1 and not self._looped:
+            try:
+                return list(
+                    torch.autograd.grad(
+                        roots, inputs, list(rows), is_grads_batched=True, retain_graph=True, allow_unused=True
+                    )
+                )
+            except (RuntimeError, NotImplementedError) as error:
+                if _no_second_derivative(error) or "out of memory" in str(error).lower():
+                    raise
+                self._looped = True  # an operation that cannot be vectorised: one query after the other
+        each = [
+            torch.autograd.grad(
+                roots, inputs, [r[q] for r in rows], retain_graph=keep or q + 1 < queries, allow_unused=True
+            )
+            for q in range(queries)
+        ]
+        return [
+            None if all(x is None for x in column)
+            else torch.stack([torch.zeros_like(p) if x is None else x for x in column])
+            for p, column in zip(inputs, zip(*each, strict=True), strict=True)
+        ]  # fmt: skip
+
+    def _gauss_newton(self, batch: Any, random: RandomState, of_g: Tensor) -> Tensor:
+        """`[queries, P]`: Jᵀ (∂²ℓ/∂out²) J λ_g."""
+        seen: list[Tensor] = []
+
+        def look(_: Module, __: Any, out: Any) -> None:
+            seen.extend(x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad and x.dim())
+
+        hook = self.outputs.register_forward_hook(look)
+        try:
+            with self._surroundings(random):
+                loss = self.loss_fn(self.model, batch)
+        finally:
+            hook.remove()
+        slopes = torch.autograd.grad(loss, seen, create_graph=True, allow_unused=True) if seen else ()
+        used = [(x, s) for x, s in zip(seen, slopes, strict=True) if s is not None]
+        if not used:
+            raise InputError(
+                "adjoint(curvature='ggn'): the model hands out no outputs that the loss is a function of; name the "
+                "module whose output it is, as outputs='head'."
+            )
+        outs = [x for x, _ in used]
+        pullers = [torch.zeros_like(x, requires_grad=True) for x in outs]
+        params = self.flat.params
+        pulled = torch.autograd.grad(outs, params, pullers, create_graph=True, allow_unused=True)
+        pairs = [
+            (g, d)
+            for g, d in zip(pulled, self.flat.split(of_g), strict=True)
+            if g is not None and g.requires_grad
+        ]
+        moved = self._batched([g for g, _ in pairs], pullers, [d for _, d in pairs], keep=True)  # J λ_g
+        bends = [s for _, s in used]
+        if not any(s.requires_grad for s in bends):
+            return torch.zeros_like(of_g)  # a loss that is linear in the outputs
+        bent = self._batched(bends, outs, [m for m in moved if m is not None], keep=True)
+        rows = [
+            torch.zeros(len(of_g), *x.shape).to(x) if b is None else b
+            for x, b in zip(outs, bent, strict=True)
+        ]
+        return self.flat.join_rows(self._batched(outs, params, rows), len(of_g))
+
+    def _difference(self, batch: Any, random: RandomState, of_g: Tensor) -> Tensor:
+        """`[queries, P]`: (g(w + hλ) − g(w − hλ)) / 2h, h balancing rounding against the third derivative."""
+        start = self.flat.weights()
+        eps = torch.finfo(start.dtype).eps ** (1 / 3)
+        rows = []
+        try:
+            for direction in of_g:
+                length = float(direction.norm())
+                h = eps * max(float(start.norm()), 1.0) / max(length, 1e-300)
+                ends = []
+                for sign in (1, -1):
+                    self.flat.put(start + sign * h * direction)
+                    with self._surroundings(random):
+                        loss = self.loss_fn(self.model, batch)
+                    ends.append(
+                        self.flat.join(torch.autograd.grad(loss, self.flat.params, allow_unused=True))
+                    )
+                rows.append((ends[0] - ends[1]) / (2 * h))
+        finally:
+            self.flat.put(start)
+        return torch.stack(rows)
+
+    @contextmanager
+    def _surroundings(self, random: RandomState) -> Iterator[None]:
+        """The generators as in the run; eager code and kernels that have second derivatives."""
+        set_random_state(random)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(without_reentrant_checkpoints())
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+
+def _refuse_delayed_errors(roots: Sequence[Tensor]) -> None:
+    """Raise what autograd would pass over in silence: an operation whose derivative was declared final."""
+    seen: set[Any] = set()
+    stack = [root.grad_fn for root in roots]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise NotImplementedError("an operation is marked once_differentiable")
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
+
+
+def _no_second_derivative(error: Exception) -> bool:
+    text = str(error)
+    known = ("not implemented", "once_differentiable", "second derivative is off")
+    return any(words in text for words in known) or "double backward" in text.lower()

@@ -1,0 +1,72 @@
+"""`assay adjoint` on a run of `assay train`: the run's own order, model and loss, found again from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+import assay
+from assay.cli import main
+from assay.demo import CORPUS
+from assay.errors import InputError
+from assay.train import load_config, train
+from assay.train.model import token_mean_loss
+from assay.train.replay import adjoint_of_run, rerun
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    rows = pl.read_parquet(CORPUS).head(60).with_columns(pl.col("text").str.slice(0, 100)).to_dicts()
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"out: {tmp_path / 'run'}\ndata: {{path: {data}}}\n"
+        "model: {context: 32, vocabulary: 300, layers: 1, heads: 2, width: 16}\n"
+        "train: {batch_size: 8, accumulate: 2, epochs: 2}\n"
+        "targets: {documents: 3}\nattribution: {measure_every: 3, snapshots: auto}\n"
+    )
+    return path
+
+
+def test_the_command_gives_the_exact_values_of_the_run(config: Path, tmp_path: Path, capsys: Any) -> None:
+    train(load_config(config))
+    with pytest.raises(SystemExit) as left:
+        main(["adjoint", str(tmp_path / "run"), "--top", "2"])
+    out, err = capsys.readouterr()
+    assert not left.value.code, err
+    assert "held_out" in out
+    assert "in-run values" in out
+    written = pl.read_parquet(tmp_path / "run" / "adjoint.parquet")
+    ledger = assay.open(tmp_path / "run")
+    assert set(written["id"]) == set(ledger.rows["id"])
+
+    again = rerun(ledger)
+    values = ledger.adjoint(
+        again.model, again.optimizer, again.batches_of_step, token_mean_loss, again.targets
+    )
+    summed = dict(written.iter_rows())
+    rows = ledger.rows.with_columns(value=pl.Series(values[0].double().tolist()))
+    for id_, value in rows.group_by("id").agg(pl.col("value").sum()).iter_rows():
+        assert summed[id_] == pytest.approx(value, rel=1e-9)
+    correlation = ledger.agreement(values)["by_step"][0]
+    assert 0.2 < correlation <= 1  # the same sign and the same rows; how much it is, is the run's own affair
+
+
+def test_only_runs_of_the_command_can_be_found_again(config: Path, tmp_path: Path) -> None:
+    train(load_config(config, {"train.steps": 2}))
+    ledger = assay.open(tmp_path / "run")
+    with pytest.raises(InputError, match="no target 'law'"):
+        adjoint_of_run(ledger, ["law"], {})
+    _, documents = adjoint_of_run(ledger, [], {"last": 1})
+    assert set(documents["id"]) == set(ledger.rows.filter(step=1)["id"])
+    model = torch.nn.Linear(2, 1)
+    with assay.Run(model, torch.optim.SGD(model.parameters(), lr=0.1), snapshots=1) as run:
+        pass
+    with pytest.raises(InputError, match="not made by `assay train`"):
+        rerun(run.ledger)

@@ -1,9 +1,14 @@
-"""Building an index: one logging pass over the examples, gone on with where it was killed."""
+"""Building an index: one logging pass over the examples, gone on with where it was killed.
+
+Rows are encoded and written by one other thread while the next are computed. Several processes take turns by shard:
+each reads all batches and logs those that reach into its own shards.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +23,13 @@ from assay.errors import InputError, StoreError
 from assay.index.curvature import is_stored, store_curvature
 from assay.index.header import Header, fingerprint, load_sides, read_header, save_sides, sides_crc
 from assay.projection import LossFn, Projection, Projector, Reduction, random_sides
-from assay.rows import Folder, RowDtype, RowReader, RowWriter
+from assay.rows import Background, Folder, RowDtype, RowReader, RowWriter, Share
 from assay.rows.format import read_manifest
 from assay.store.ids import IdKind, id_series, kind_of_dtype
 
-__all__ = ["Builder"]
+__all__ = ["Builder", "IdBatches", "sides_of"]
+
+POLL = 0.2  # seconds between looks for what part 0 has not written yet
 
 IdBatches = Iterable[tuple[Any, object]]
 
@@ -43,6 +50,7 @@ class Builder:
         check: "first" compares the capture with plain autograd on the first batch.
         shard: rows of a commit; None for about 32 MiB.
         progress: called with the number of examples logged so far.
+        share: the shards that this process logs; all of them by default.
     """
 
     model: Module
@@ -56,20 +64,26 @@ class Builder:
     check: str
     shard: int | None
     progress: Callable[[int], None] | None
+    share: Share = field(default_factory=Share)
 
     def run(self) -> None:
-        """Log what is not committed yet, then form the curvature."""
+        """Log what is not committed yet; a process alone then forms the curvature."""
         header = read_header(self.folder)
+        while header is None and self.share.part:  # the axes and the settings are part 0's to write
+            time.sleep(POLL)
+            header = read_header(self.folder)
         sides, header = self._begin() if header is None else self._go_on(header)
         projector = Projector(self.weights, sides)
         rows = self.folder.below("rows")
-        if not _complete(rows):
+        if is_complete(rows):
+            if self.share.parts > 1 or is_stored(self.folder):
+                raise StoreError(
+                    f"{self.folder.place} already holds an index: Index.open it, or name another out="
+                )
+        elif not is_complete(rows, self.share.manifest):
             self._log(projector, header)
-        elif is_stored(self.folder):
-            raise StoreError(
-                f"{self.folder.place} already holds an index: Index.open it, or name another out="
-            )
-        store_curvature(self.folder, header, RowReader(rows))
+        if self.share.parts == 1:
+            store_curvature(self.folder, header, RowReader(rows))
 
     def _begin(self) -> tuple[dict[str, Sides], Header]:
         drawn = {n: random_sides(n, p, self.projection) for p, n in self.weights.names.items()}
@@ -144,9 +158,18 @@ class Builder:
 
     def _log(self, projector: Projector, header: Header) -> None:
         blocks = [(layer.start, layer.stop) for layer in header.layers]
-        rows = self.folder.below("rows")
-        writer = RowWriter(rows, projector.width, self.dtype, blocks, self.shard)
-        known = RowReader(rows).table["id"] if writer.rows else None
+        writer = RowWriter(
+            self.folder.below("rows"), projector.width, self.dtype, blocks, self.shard, self.share
+        )
+        with Background(writer.append) as background:
+            done = self._log_batches(projector, writer, background)
+        if not done:
+            raise InputError("Index.build(id_batches): there is no example; give at least one (ids, batch).")
+        writer.close()
+
+    def _log_batches(self, projector: Projector, writer: RowWriter, background: Background) -> int:
+        """Hand the rows of every example that is not committed to the writer; the number of examples."""
+        committed = writer.tables()
         kind: IdKind | None = None
         done, check = 0, self.check == "first"
         for ids, batch in self.id_batches:
@@ -154,26 +177,36 @@ class Builder:
             if not len(series):
                 raise InputError("Index.build(id_batches): a batch has 0 ids; give one per example.")
             kind = kind_of_dtype(series.dtype)
-            size, skip = len(series), min(max(writer.rows - done, 0), len(series)) if known is not None else 0
-            if known is not None and skip and not series[:skip].equals(known[done : done + skip]):
-                raise StoreError(
-                    f"{self.folder.place} was begun with other examples (or another order) from row {done} on: hand "
-                    "over the same id_batches, or name another out="
-                )
+            size = len(series)
+            wanted = self._wanted(series, done, writer.manifest.shard, committed)
             done += size
-            if skip == size:
+            if not wanted:
                 continue
-            if skip == 0:
-                known = None  # past what was committed before
             logged = projector.rows(self.model, self.loss_fn, batch, size, self.reduction, check=check)
             check = False
             norms = pl.Series("norm", logged.double().norm(dim=1).cpu().numpy())
-            writer.append(pl.DataFrame([series, norms])[skip:], logged[skip:])
+            for part in wanted:
+                background.put(pl.DataFrame([series, norms])[part], logged[part])
             if self.progress is not None:
                 self.progress(done)
-        if not done:
-            raise InputError("Index.build(id_batches): there is no example; give at least one (ids, batch).")
-        writer.close()
+        return done
+
+    def _wanted(
+        self, ids: pl.Series, start: int, shard: int, committed: Mapping[int, pl.DataFrame]
+    ) -> list[slice]:
+        """The parts of a batch, whose first row is row `start`, that this process has yet to log."""
+        wanted = []
+        for number, a, b in self.share.own(start, start + len(ids), shard):
+            if number not in committed:
+                wanted.append(slice(a - start, b - start))
+                continue
+            known = committed[number]["id"][a - number * shard : b - number * shard]
+            if not ids[a - start : b - start].equals(known):
+                raise StoreError(
+                    f"{self.folder.place} was begun with other examples (or another order) from row {a} on: hand over "
+                    "the same id_batches, or name another out="
+                )
+        return wanted
 
 
 def sides_of(folder: Folder, header: Header, weights: Weights) -> dict[str, Sides]:
@@ -198,6 +231,7 @@ def sides_of(folder: Folder, header: Header, weights: Weights) -> dict[str, Side
     return sides
 
 
-def _complete(rows: Folder) -> bool:
-    manifest = read_manifest(rows)
-    return manifest is not None and manifest.complete
+def is_complete(rows: Folder, manifest: str = "manifest.json") -> bool:
+    """Whether all rows, or those of one part, are committed."""
+    found = read_manifest(rows, manifest)
+    return found is not None and found.complete

@@ -15,10 +15,11 @@ from assay.projection import Layer
 from assay.rows import Folder, RowReader
 from assay.rows.format import to_torch
 
-__all__ = ["Curvature", "is_stored", "load_blocks", "store_curvature"]
+__all__ = ["Curvature", "available", "forget_curvature", "is_stored", "load_blocks", "store_curvature"]
 
 Curvature = Literal["fisher", "ekfac", "kfac", "identity"]
 
+DONE = "curvature.json"  # written last
 WIDEST = 8192  # entries of a layer whose Fisher matrix is formed
 ROOM = 1 << 30  # bytes of Fisher matrices that are formed in one pass over the rows
 
@@ -36,12 +37,29 @@ def store_curvature(folder: Folder, header: Header, rows: RowReader) -> None:
     for group in _groups(header):
         for number, matrix in _fisher(header, rows, group):
             inner.write_array(f"fisher-{number:05d}", matrix.numpy())
-    inner.write_json("curvature.json", {"rows": len(rows)})
+    inner.write_json(DONE, {"rows": len(rows)})
 
 
 def is_stored(folder: Folder) -> bool:
     """Whether the curvature is complete."""
-    return folder.below("curvature").read_json("curvature.json") is not None
+    return folder.below("curvature").read_json(DONE) is not None
+
+
+def available(folder: Folder, header: Header) -> tuple[Curvature, ...]:
+    """What `load_blocks` can give."""
+    found: list[Curvature] = []
+    if all(layer.width <= WIDEST for layer in header.layers):
+        found.append("fisher")
+    if header.projection.kind == "pca":
+        found.append("ekfac")
+        if any(key.startswith("kfac/") for key in folder.below("curvature").names()):
+            found.append("kfac")
+    return (*found, "identity")
+
+
+def forget_curvature(folder: Folder) -> None:
+    """Make the next build form the curvature again."""
+    folder.below("curvature").delete(DONE)
 
 
 def load_blocks(folder: Folder, header: Header, curvature: Curvature) -> dict[str, Block] | None:

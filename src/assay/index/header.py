@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,25 +71,16 @@ def read_header(folder: Folder) -> Header | None:
         raise StoreError(
             f"{folder.place} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
         )
-    try:
-        return _parse(found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise folder.damaged(NAME, f"bad field: {error}") from error
-
-
-def _parse(found: dict[str, Any]) -> Header:
-    if found["format"] != FORMAT:
-        raise ValueError("format")
-    layers = tuple(Layer(**{**layer, "params": tuple(layer["params"])}) for layer in found["layers"])
-    return Header(
-        Projection(**found["projection"]),
-        {name: tuple(shape) for name, shape in found["shapes"].items()},
-        layers,
-        found["reduction"],
-        found["dtype"],
-        found["fingerprint"],
-        found["sides_crc"],
-    )
+    if found.get("format") != FORMAT:
+        raise folder.damaged(NAME, f"no format {FORMAT!r}")
+    header = folder.parsed(NAME, Header, found)
+    if (
+        not header.layers
+        or header.layers[0].start != 0
+        or any(before.stop != after.start for before, after in pairwise(header.layers))
+    ):
+        raise folder.damaged(NAME, "its layers do not lie one after the other")
+    return header
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 import torch
@@ -15,12 +15,20 @@ from torch.utils._pytree import tree_leaves
 
 from assay.errors import AssayWarning, InputError, StoreError
 from assay.index.build import Builder, IdBatches, sides_of
-from assay.index.curvature import Curvature, is_stored, load_blocks
+from assay.index.curvature import Curvature, available, is_stored, load_blocks, store_curvature
 from assay.index.header import fingerprint, read_header
 from assay.index.layers import select, weights_named
+from assay.index.scores import best_rows, stream_scores
+from assay.index.spread import best_by, build_by
+from assay.index.tokens import token_scores
 from assay.methods.influence import InfluenceFunction, Normalize
 from assay.projection import LossFn, Projection, Projector, Reduction
-from assay.rows import Folder, RowDtype, RowReader
+from assay.rows import Folder, RowDtype, RowReader, Share, join
+from assay.workers import Workers
+
+if TYPE_CHECKING:
+    from assay.evaluate.subsets import SubsetTruth
+    from assay.index.tune import Tuning
 
 __all__ = ["Index"]
 
@@ -80,6 +88,7 @@ class Index:
         check: Literal["first", "off"] = "first",
         shard: int | None = None,
         progress: Callable[[int], None] | None = None,
+        workers: Workers | None = None,
     ) -> Index:
         """Log the examples of a checkpoint; a build that was killed goes on at its last commit.
 
@@ -98,22 +107,95 @@ class Index:
             check: "first" compares the capture with plain autograd on the first batch.
             shard: rows of one commit; by default about 32 MiB.
             progress: called with the number of examples logged so far.
+            workers: who log, `assay.workers.Local(4)` or `assay.integrations.ray.RayWorkers()`: model, batches and loss
+                function are handed to them, and `progress` is called by nobody. This process alone if left out.
 
         Raises:
             InputError: an argument that is not understood, a loss without a gradient, a gradient that is not finite.
             CoverageError: a parameter is used in a way that has no exact rule; it is named.
             StoreError: `out` holds a complete index or one of other settings, or the disk refuses.
         """
-        if check not in ("first", "off"):
-            raise InputError(f"Index.build(check={check!r}) is not known; choose 'first' or 'off'.")
-        if reduction not in ("mean", "sum"):
-            raise InputError(f"Index.build(reduction={reduction!r}) is not known; choose 'mean' or 'sum'.")
+        settings = _settings(projection, dtype, reduction, check, shard)
+        if workers is not None and workers.number > 1:
+            names = ("projection", "dtype", "reduction", "check", "shard")
+            options = dict(zip(names, settings, strict=True)) | {
+                "layers": layers,
+                "exclude": exclude,
+                "out": out,
+            }
+            return cls.join(str(out), build_by(workers, (model, id_batches, loss_fn), options))
         folder = Folder(out)
-        weights = select(model, layers, exclude)
-        Builder(
-            model, weights, id_batches, loss_fn, folder, projection or Projection(), dtype, reduction, check, shard,
-            progress,
-        ).run()  # fmt: skip
+        Builder(model, select(model, layers, exclude), id_batches, loss_fn, folder, *settings, progress).run()
+        return cls(folder)
+
+    @classmethod
+    def build_part(
+        cls,
+        model: Module,
+        id_batches: IdBatches,
+        loss_fn: LossFn,
+        part: int,
+        parts: int,
+        *,
+        out: str | Path,
+        projection: Projection | None = None,
+        dtype: RowDtype = "bf16",
+        reduction: Reduction = "mean",
+        layers: Iterable[str | type[Module]] | None = None,
+        exclude: Iterable[str] = (),
+        check: Literal["first", "off"] = "first",
+        shard: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Log one part of an index that several processes build; `join` makes it complete.
+
+        Every process is given the same model, batches and settings. It logs the batches that reach into its own
+        shards (every `parts`-th) and passes over the others, so that the joined index has the bytes of a single
+        process's. A batch across two shards is logged by both their processes: let a shard be many batches. Part 0
+        writes the header (and fits the axes of `kind="pca"`); the others wait for it.
+
+        Args:
+            model: the checkpoint, as all further arguments as in `build`.
+            id_batches: all `(ids, batch)` pairs.
+            loss_fn: `loss_fn(model, batch)` returns a scalar.
+            part: which process this is, from 0.
+            parts: how many there are.
+            out: the folder that all of them write.
+            projection: see `build`.
+            dtype: see `build`.
+            reduction: see `build`.
+            layers: see `build`.
+            exclude: see `build`.
+            check: see `build`.
+            shard: see `build`.
+            progress: see `build`; the rows that other processes log are counted.
+
+        Raises:
+            InputError: as `build`; or there is no such part.
+            CoverageError: as `build`.
+            StoreError: as `build`.
+        """
+        settings = _settings(projection, dtype, reduction, check, shard)
+        weights, share = select(model, layers, exclude), Share(part, parts)
+        Builder(model, weights, id_batches, loss_fn, Folder(out), *settings, progress, share).run()
+
+    @classmethod
+    def join(cls, out: str | Path, parts: int) -> Index:
+        """The index of which all parts have been built: its curvature is formed, and it is opened.
+
+        Called once, by one process.
+
+        Raises:
+            StoreError: a part is missing or not complete (it is named), or its process was given other examples.
+        """
+        folder = Folder(out)
+        header = read_header(folder)
+        if header is None:
+            raise StoreError(f"there is no index in {folder.place}: name the out= of Index.build_part")
+        rows = folder.below("rows")
+        join(rows, parts)
+        if not is_stored(folder):
+            store_curvature(folder, header, RowReader(rows))
         return cls(folder)
 
     @classmethod
@@ -159,6 +241,7 @@ class Index:
         damping: float = 0.1,
         normalize: Normalize | None = None,
         curvature: Curvature = "fisher",
+        by: Literal["layer"] | None = None,
     ) -> Tensor:
         """`[Q, N]`: what each example did for each query; each row of dimension 0 of a query batch is one query.
 
@@ -169,16 +252,96 @@ class Index:
             damping: λ in mean eigenvalues of each layer.
             normalize: None; "relatif" divides by √self-influence of the example; "unit" by the length of its gradient.
             curvature: "fisher"; "ekfac" or "kfac" on the axes of a PCA projection; "identity" for plain inner products.
+            by: "layer" gives `[Q, N, layers]`, the share of each of `layers`; their sum is the influence.
 
         Raises:
             InputError: an argument that is not understood, or a model that is not the indexed one.
             StoreError: a shard is damaged or missing; its file is named.
         """
+        if by not in (None, "layer"):
+            raise InputError(f"influence(by={by!r}) is not known; choose None or 'layer'.")
         directions = self._directions(model, queries, loss_fn, damping, curvature)
-        scores = torch.empty(len(directions), len(self), dtype=directions.dtype)
-        for start, part in self._scores(directions, damping, normalize, curvature):
+        shape = [len(directions), len(self)] + ([len(self._header.layers)] if by else [])
+        scores = directions.new_empty(shape)
+        for start, part in self._scores(directions, damping, normalize, curvature, by):
             scores[:, start : start + part.shape[1]] = part
         return scores
+
+    def tokens(
+        self,
+        model: Module,
+        examples: object,
+        queries: Iterable[object],
+        loss_fn: LossFn,
+        damping: float = 0.1,
+        curvature: Curvature = "fisher",
+    ) -> tuple[Tensor, Tensor]:
+        """Which positions of an example its influence comes from: `[Q, B, T]` shares, and `[Q, B]` the rest.
+
+        The share of a position is what flows through the weights' use there; the rest is that of weights which have
+        no positions (biases, norms). Shares and rest add up to the influence of the example, by unrounded rows. The
+        model is run on the examples again, so that they need not be those of the index. Influence is symmetric: with
+        a training batch for `queries` and a query for `examples`, the shares are those of the query's positions.
+
+        Args:
+            model: the checkpoint that was indexed.
+            examples: one batch as `loss_fn` takes it, B rows.
+            queries: batches; each row of dimension 0 is one query.
+            loss_fn: as in `build`.
+            damping: λ in mean eigenvalues of each layer.
+            curvature: as in `influence`.
+
+        Raises:
+            InputError: an argument that is not understood, or a model that is not the indexed one.
+        """
+        directions = self._directions(model, queries, loss_fn, damping, curvature)
+        projector, reduction = self._projector(model), self._header.reduction
+        return token_scores(projector, model, loss_fn, examples, rows_of(examples), reduction, directions)
+
+    def tune(
+        self,
+        model: Module,
+        queries: Iterable[object],
+        loss_fn: LossFn,
+        truth: SubsetTruth,
+        dampings: Sequence[float] | None = None,
+        curvatures: Sequence[Curvature] | None = None,
+        ranks: Sequence[int | None] = (None,),
+    ) -> Tuning:
+        """Sweep damping, curvature and rank against retraining on subsets, and recommend.
+
+        One pass over the rows, whatever the number of settings.
+
+        Args:
+            model: the checkpoint that was indexed.
+            queries: batches; each row of dimension 0 is one query.
+            loss_fn: as in `build`.
+            truth: retrainings on subsets of the indexed examples, in the order of the rows, evaluated at these queries
+                (`assay.evaluate.subset_truth`).
+            dampings: to be tried, in mean eigenvalues of each layer; by default 0.001 to 10.
+            curvatures: to be tried; by default all that this index has.
+            ranks: to be tried, up to that of the index; None is that of the index.
+
+        Raises:
+            InputError: the truth is of other examples or queries, or a curvature is not to be had.
+        """
+        from assay.index.tune import DAMPINGS, sums_over_subsets, sweep
+
+        rows = self._query_rows(model, queries, loss_fn)
+        weights = weights_named(model, self._header.shapes)
+        blocks = {
+            kind: load_blocks(self._folder, self._header, kind) for kind in curvatures or self.curvatures
+        }
+        return sweep(
+            self._header.layers, sides_of(self._folder, self._header, weights), blocks, rows,
+            sums_over_subsets(self._rows, truth.kept), truth, DAMPINGS if dampings is None else dampings, ranks,
+            random=self._header.projection.kind == "random",
+        )  # fmt: skip
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        """What `curvature=` can be for this index."""
+        return available(self._folder, self._header)
 
     def search(
         self,
@@ -189,10 +352,12 @@ class Index:
         damping: float = 0.1,
         normalize: Normalize | None = None,
         curvature: Curvature = "fisher",
+        workers: Workers | None = None,
     ) -> pl.DataFrame:
         """The k most helpful rows for each query: `query, rank, id, score`, rank 1 the most helpful.
 
-        Rows stream through; memory does not grow with their number. The other arguments are those of `influence`.
+        Rows stream through; memory does not grow with their number. `workers` go through ranges of the rows, each in a
+        process of its own; the other arguments are those of `influence`.
 
         Raises:
             InputError: an argument that is not understood, or a model that is not the indexed one.
@@ -201,13 +366,12 @@ class Index:
         if not isinstance(k, int) or k < 1:
             raise InputError(f"search(k={k!r}): k must be a positive whole number.")
         directions = self._directions(model, queries, loss_fn, damping, curvature)
-        best = directions.new_empty(len(directions), 0)
-        rows = torch.empty(len(directions), 0, dtype=torch.long, device=directions.device)
-        for start, scores in self._scores(directions, damping, normalize, curvature):
-            top, at = scores.topk(min(k, scores.shape[1]), dim=1)
-            best, rows = torch.cat([best, top], 1), torch.cat([rows, at + start], 1)
-            best, order = best.sort(dim=1, descending=True, stable=True)
-            best, rows = best[:, :k], rows.gather(1, order)[:, :k]
+        if workers is None or workers.number == 1:
+            best, rows = best_rows(self._scores(directions, damping, normalize, curvature), k)
+        else:
+            own = self._self_influence(damping, curvature) if normalize == "relatif" else None
+            place = self._folder.below("rows").place
+            best, rows = best_by(workers, place, self._rows, directions, k, normalize, own)
         found = rows.shape[1]
         return pl.DataFrame(
             {
@@ -244,38 +408,39 @@ class Index:
     ) -> Tensor:
         """`[Q, width]`: (F + λI)⁻¹ q̂."""
         formula = self._influence_function(damping, curvature)
+        return formula.precondition(self._query_rows(model, queries, loss_fn))
+
+    def _query_rows(self, model: Module, queries: Iterable[object], loss_fn: LossFn) -> Tensor:
+        """`[Q, width]`: q̂."""
+        projector, reduction = self._projector(model), self._header.reduction
+        rows = [projector.rows(model, loss_fn, batch, rows_of(batch), reduction) for batch in queries]
+        if not rows:
+            raise InputError("queries: there is none; give at least one batch.")
+        dtype = torch.float64 if self._header.dtype == "fp64" else torch.float32
+        return torch.cat(rows).to(dtype).cpu()
+
+    def _projector(self, model: Module) -> Projector:
         weights = weights_named(model, self._header.shapes)
         if not self._warned and fingerprint(weights) != self._header.fingerprint:
             self._warned = True
             warnings.warn(
                 "the model's weights are not those that were indexed: scores compare two different checkpoints.",
                 AssayWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        projector = Projector(weights, sides_of(self._folder, self._header, weights))
-        rows = [
-            projector.rows(model, loss_fn, batch, rows_of(batch), self._header.reduction) for batch in queries
-        ]
-        if not rows:
-            raise InputError("queries: there is none; give at least one batch.")
-        dtype = torch.float64 if self._header.dtype == "fp64" else torch.float32
-        return formula.precondition(torch.cat(rows).to(dtype).cpu())
+        return Projector(weights, sides_of(self._folder, self._header, weights))
 
     def _scores(
-        self, directions: Tensor, damping: float, normalize: Normalize | None, curvature: Curvature
+        self,
+        directions: Tensor,
+        damping: float,
+        normalize: Normalize | None,
+        curvature: Curvature,
+        by: Literal["layer"] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """`(start, [Q, n])`, piece by piece."""
-        if normalize not in (None, "relatif", "unit"):
-            raise InputError(f"normalize={normalize!r} is not known; choose None, 'relatif' or 'unit'.")
+        """`(start, [Q, n])` or `[Q, n, layers]`, piece by piece."""
         own = self._self_influence(damping, curvature) if normalize == "relatif" else None
-        for start, piece in self._rows.pieces():
-            scores = directions @ piece.t()
-            if normalize is not None:
-                lengths = piece.norm(dim=1) if own is None else own[start : start + len(piece)].sqrt()
-                scores = torch.where(
-                    lengths > 0, scores / lengths, 0
-                )  # an example without a gradient did nothing
-            yield start, scores
+        return stream_scores(self._rows, directions, normalize, own, self._header.layers if by else None)
 
     def _self_influence(self, damping: float, curvature: Curvature) -> Tensor:
         """`[N]`, kept for the last damping."""
@@ -284,6 +449,21 @@ class Index:
             parts = [formula.self_influence(piece) for _, piece in self._rows.pieces()]
             self._own = curvature, damping, torch.cat(parts)
         return self._own[2]
+
+
+def _settings(
+    projection: Projection | None, dtype: RowDtype, reduction: Reduction, check: str, shard: int | None
+) -> tuple[Projection, RowDtype, Reduction, str, int | None]:
+    """The settings of a build, looked at.
+
+    Raises:
+        InputError: one that is not known.
+    """
+    if check not in ("first", "off"):
+        raise InputError(f"Index.build(check={check!r}) is not known; choose 'first' or 'off'.")
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"Index.build(reduction={reduction!r}) is not known; choose 'mean' or 'sum'.")
+    return projection or Projection(), dtype, reduction, check, shard
 
 
 def rows_of(batch: object) -> int:

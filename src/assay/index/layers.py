@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torch.nn import Module
 
-from assay.capture import Weights
+from assay.capture import Weights, constants_of
 from assay.errors import InputError
 
 __all__ = ["select", "weights_named"]
@@ -40,7 +40,7 @@ def select(model: Module, layers: Iterable[str | type[Module]] | None, exclude: 
     kept = [(name, param) for name, param in named.items() if name in wanted]
     if not kept:
         raise InputError("Index.build(model, ...): no trainable parameter is left to watch.")
-    return Weights(kept, {param: 0 for _, param in kept}, model.buffers())
+    return Weights(kept, {param: 0 for _, param in kept}, constants_of(model))
 
 
 def weights_named(model: Module, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -65,7 +65,7 @@ def weights_named(model: Module, shapes: Mapping[str, tuple[int, ...]]) -> Weigh
                 "model that was indexed."
             )
     kept = [(name, named[name]) for name in shapes]
-    return Weights(kept, {param: 0 for _, param in kept}, model.buffers())
+    return Weights(kept, {param: 0 for _, param in kept}, constants_of(model))
 
 
 def _of_type(model: Module, kind: type[Module], named: Mapping[str, Tensor]) -> set[str]:

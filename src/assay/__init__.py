@@ -8,8 +8,8 @@ from assay.errors import (
     StoreError,
     UnsupportedOptimizerError,
 )
-from assay.index import Index
-from assay.methods import InRunShapley
+from assay.index import Index, average_influence
+from assay.methods import DataValueEmbedding, GradientNorms, InRunShapley
 from assay.projection import Projection
 from assay.run import Run, RunStatus
 from assay.store import Ledger
@@ -21,6 +21,8 @@ __all__ = [
     "AssayError",
     "AssayWarning",
     "CoverageError",
+    "DataValueEmbedding",
+    "GradientNorms",
     "InRunShapley",
     "Index",
     "InputError",
@@ -31,5 +33,6 @@ __all__ = [
     "StoreError",
     "Target",
     "UnsupportedOptimizerError",
+    "average_influence",
     "open",
 ]

@@ -8,11 +8,9 @@ step hooks tell the run when the weights move. Nothing of the training itself ch
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,19 +19,35 @@ from typing import Any, Literal
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from assay.capture import Capture, Coverage, Weights, contract
+from assay.capture import Capture, contract
 from assay.capture.check import check_capture
+from assay.capture.compiled import CompiledParts
 from assay.capture.fallback import Boundary
-from assay.capture.totals import check_totals, gradients_of
-from assay.errors import InputError
-from assay.methods.base import Context, Demand, Method, MicroBatch, Session
+from assay.capture.totals import Totals
+from assay.distributed import parallel_of
+from assay.errors import AssayError, InputError
+from assay.faults import Faults
+from assay.methods.base import Context, Method, MicroBatch, Session, Settles
+from assay.methods.demands import (
+    Demands,
+    Watches,
+    check_for_resuming,
+    check_for_several_processes,
+    check_methods,
+    sample_weights,
+)
 from assay.optimizers import OptimizerModel, model_of
+from assay.resume import Resume, first_step
 from assay.scale import GradientScale
-from assay.store import Ledger, RunWriter
+from assay.signals import Termination
+from assay.snapshots import Snapshots, snapshot_settings
+from assay.store import Ledger, RunWriter, shard_of
 from assay.store.ids import IdKind, id_series, kind_of_dtype
+from assay.watched import watched
 
 __all__ = ["Run", "RunStatus"]
 
@@ -55,6 +69,17 @@ class RunStatus:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Watching:
+    """A micro-batch that is being watched."""
+
+    ids: Sequence[int | str]
+    weights: Tensor | None
+    capture: Capture
+    boundary: Boundary
+    watches: Watches
+
+
 class Run:
     """Watches a training run and keeps its ledger; also a context manager.
 
@@ -62,7 +87,7 @@ class Run:
         model: the module that is trained; all trainable parameters that the optimizer owns are watched.
         optimizer: the optimizer that trains it.
         out: folder for the results, or None to keep them in memory.
-        methods: what to measure, `InRunShapley(...)`.
+        methods: what to measure, `InRunShapley(...)` or `DataValueEmbedding(...)` or several of them.
         metadata: a table with a column `id` and whatever else is known of the samples (domain, source, text).
         info: anything JSON-able to keep with the results (configuration, seed, versions).
         exclude: names of parameters (or patterns such as `"visual.*"`) to leave out; scores are then partial.
@@ -70,6 +95,13 @@ class Run:
         strict: leave torch's own weight gradients untouched: training is bit for bit what it is without assay, at
             the price of one more matrix product per layer. Otherwise it is the same up to rounding.
         optimizer_model: "sgd" to score an unsupported optimizer as if it were plain SGD.
+        on_error: "raise", or "detach": where an error of assay's own would stop the training, it is warned of and
+            logged once, nothing more is measured, and training goes on with the gradients that it would have had.
+        resume: go on with the run that `out` holds: its ids, its step numbers, one ledger. What `state_dict` gave
+            when the checkpoint was saved, or the step, or True to find the step by the optimizer's own count. Steps
+            from there on that were recorded before count no more. Without a run in `out`, a new one begins.
+        snapshots: what `Ledger.adjoint` replays the run from: "auto" (about √T of them after T steps), the number of
+            steps between two, or a budget such as "2 GB"; None takes none.
 
     Raises:
         InputError: the optimizer does not own the model's parameters, or an argument is not understood.
@@ -105,81 +137,184 @@ class Run:
         check: str = "first",
         strict: bool = False,
         optimizer_model: Literal["sgd"] | None = None,
+        on_error: Literal["raise", "detach"] = "raise",
+        resume: Resume = False,
+        snapshots: Snapshots | str | int | None = None,
     ) -> None:
         if check not in ("first", "off"):
             raise InputError(f"Run(check={check!r}) is not known; choose 'first' or 'off'.")
-        if not methods:
-            raise InputError("Run(methods=[...]): there is nothing to measure; give at least one method.")
-        self.model, self.strict = model, strict
+        self.faults = Faults(on_error)
+        taken = snapshot_settings(snapshots)
+        methods = [*methods, *([] if taken is None else [taken])]
+        check_methods(methods)
+        self.processes = parallel_of(model)
+        if self.processes.size > 1:
+            check_for_several_processes(methods)
+        self.model, self.strict = self.processes.module, strict
         self.optimizer: OptimizerModel = model_of(optimizer, override=optimizer_model)
-        self.weights, self._coverage = _watched(model, self.optimizer, exclude)
+        self.weights, self._coverage = watched(self.processes, self.optimizer, exclude)
         names = [name for method in methods for name in method.target_names]
         described = {"methods": [dict(method.describe()) for method in methods], **(info or {})}
-        self.writer = RunWriter(out, targets=names, info=described)
-        if metadata is not None:
+        if self.processes.size > 1:
+            described["processes"] = {"kind": self.processes.kind, "size": self.processes.size}
+        folder = shard_of(out, self.processes.rank)
+        step = first_step(resume, out, self.optimizer, self.processes)
+        if step is not None:
+            check_for_resuming(methods)
+        self.writer = self.processes.in_turn(
+            lambda: RunWriter(folder, targets=names, info=described, resume=step)
+        )
+        if metadata is not None and self.processes.rank == 0:
             self.writer.add_metadata(metadata)
-        context = Context(model, self.weights, self._coverage, self.optimizer, self.writer)
+        context = Context(
+            self.model, self.weights, self._coverage, self.optimizer, self.writer, self.processes
+        )
         self._sessions: list[Session] = [method.attach(context) for method in methods]
         self._to_close = list(self._sessions)
         groups = self.weights.groups
-        self._scale = GradientScale(self.weights.params, groups, self.weights.number_of_groups)
-        self._step = 0
-        self._id_kind: IdKind | None = None
-        self._pending: list[MicroBatch] = []
-        self._demand = Demand()
+        self._scale = GradientScale(
+            self.weights.params, groups, self.weights.number_of_groups, self.processes
+        )
+        self._step = step or 0
+        self._id_kind: IdKind | None = self.writer.id_kind
+        self._pending: list[list[MicroBatch]] = []  # by micro-batch, one per method
+        self._demand = Demands()
         self._inside = self._closed = self._written = False
+        self._step_open = self._agreed_to_stop = False
+        self._termination = Termination()
         self._check_due = self._totals_due = check == "first"
-        self._curve: list[dict[str, float]] = []
+        self._totals: Totals | None = None
+        self._compiled = CompiledParts(self.model)
+        self._curve: list[dict[str, Any]] = []
+        if "curve" in self.writer.ledger.tables:
+            rows = self.writer.ledger.table("curve").rows(named=True)
+            self._curve = [row for row in rows if row["step"] < self._step]
         self._seconds = 0.0
         inner = self.optimizer.optimizer
         self._hooks = [
-            inner.register_step_pre_hook(lambda *_: self._before_update()),
+            inner.register_step_pre_hook(
+                lambda _, args, kwargs: _after_closure(args, kwargs, self._before_update)
+            ),
             inner.register_step_post_hook(lambda *_: self._after_update()),
         ]
 
     # --- the user's side ---
 
     @contextmanager
-    def step(self, ids: Sequence[int | str] | Tensor) -> Iterator[None]:
+    def step(
+        self,
+        ids: Sequence[int | str] | Tensor,
+        weights: Sequence[float] | Tensor | None = None,
+        inputs: Any = (),
+    ) -> Iterator[None]:
         """Around the forward and backward pass of one micro-batch.
 
         Args:
             ids: one id per sample, ints or strings, in the order of the rows of the micro-batch. A repeated id adds
                 up.
+            weights: `[B]`, what each sample's own loss is multiplied by in the scalar that `backward()` is called
+                on: `tokens_i / tokens` for a mean over tokens, 1 for a sum; times the loss scale under a
+                `GradScaler`. Only data value embeddings with `curvature="fisher"` read it. By default all samples
+                of an optimizer step weigh the same and add up to one, as in a mean over samples.
+            inputs: tensors, in any containers, whose rows are the samples; needed only where the loss calls parts of
+                the model and not the model itself, whose inputs are seen anyway.
 
         Raises:
             InputError: the number of ids is not that of the rows that reached the model; no backward pass happened
                 inside; the run is closed; a step inside a step.
             CoverageError: a parameter is used in a way that has no exact rule, and is not excluded.
         """
+        watching: _Watching | None = None
+        with ExitStack() as closing:
+            with self._work("before a micro-batch"):
+                watching = self._watch(ids, weights, inputs, closing)
+            if self.faults.first is not None:
+                closing.close()
+            yield
+        with self._work("after a micro-batch"):
+            if self._totals_due and self.processes.reduced():
+                self._agree()
+            if watching is not None and self.faults.first is None:
+                self._take(watching)
+
+    def _watch(self, ids: Any, weights: Any, inputs: Any, closing: ExitStack) -> _Watching | None:
+        """Start watching a micro-batch, until `closing`; None for a run that has detached."""
+        if self._opens_step():
+            self._agree()
+        if self.faults.first is not None:
+            return None
         self._check_open()
-        started = time.perf_counter()
-        ids = self._known_ids(ids)
+        known = self._known_ids(ids)
+        given = sample_weights(weights, len(known))
         self._begin()
-        capture = self._new_capture(len(ids))
-        before = gradients_of(self.weights) if self._totals_due else {}
+        capture = self._new_capture(len(known))
         first_input = self.model.register_forward_pre_hook(
-            lambda module, args, kwargs: self._see_input(capture, args, kwargs), with_kwargs=True
+            lambda _, args, kwargs: self._before_forward(capture, args, kwargs),
+            with_kwargs=True,
+            prepend=self.processes.sharded,  # the start-up check runs before the parameters are gathered
         )
         self._inside = True
-        self._seconds += time.perf_counter() - started
+        closing.callback(self._left, first_input)
+        watch_closing = closing.enter_context(ExitStack())
+        closing.enter_context(self._compiled.followed(capture))
+        boundary = closing.enter_context(Boundary(self.model, self.weights, capture))
+        closing.enter_context(self.processes.watching(capture.carry_over))
+        watches = self._demand.watch(capture, watch_closing)
+        closing.enter_context(capture)
+        for leaf in torch.utils._pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                capture.enter(leaf)
+        return _Watching(known, given, capture, boundary, watches)
+
+    def _left(self, first_input: RemovableHandle) -> None:
+        self._inside = False
+        first_input.remove()
+
+    def _take(self, watching: _Watching) -> None:
+        """What a micro-batch left, once its backward pass is done."""
+        found = self._finished(watching.ids, watching.capture, watching.boundary)
+        found.weights = watching.weights
+        self._pending.append(self._demand.parts(found, watching.watches))
+        self._scale.after_backward()
+
+    @contextmanager
+    def _work(self, where: str) -> Iterator[None]:
+        """Around work of assay's own: it is timed, and ends where it fails."""
+        started = time.perf_counter()
         try:
-            with Boundary(self.model, self.weights, capture) as boundary, capture:
+            with self.faults.caught(where):
                 yield
         finally:
-            self._inside = False
-            first_input.remove()
-        started = time.perf_counter()
-        self._pending.append(self._finished(ids, capture, boundary, before))
-        self._scale.after_backward()
-        self._seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - started
+        if self.faults.first is not None and self._to_close:
+            self._detach()
+
+    def _detach(self) -> None:
+        """Nothing more is measured; what was booked reaches the disk now or at the end."""
+        self._to_close, self._pending, self._totals = [], [], None
+        self._demand = Demands()
+        with self.faults.caught("in detaching"):
+            for session in self._sessions:
+                session.flush()
+        self._sessions = []
+        with self.faults.caught("in detaching"):
+            self.writer.update_info({"detached": {"step": self._step, "reason": self.faults.reason}})
+            self.writer.flush()
 
     def _new_capture(self, batch: int) -> Capture:
         """For the first micro-batch everything is kept, so that its totals can be checked."""
         keep = self.weights.params if self._totals_due else self._demand.keep
         directions = None if self._totals_due else self._demand.directions
         return Capture(
-            self.weights, batch, directions, keep=keep, strict=self.strict, coverage=self._coverage
+            self.weights,
+            batch,
+            directions,
+            keep=keep,
+            rounded=self._demand.rounded and not self._totals_due,
+            strict=self.strict,
+            faults=self.faults,
+            by_token=self._demand.by_token,
+            coverage=self._coverage,
         )
 
     def _finished(
@@ -187,23 +322,25 @@ class Run:
         ids: Sequence[int | str],
         capture: Capture,
         boundary: Boundary,
-        before: Mapping[Parameter, Tensor],
     ) -> MicroBatch:
         """What a micro-batch left, once its backward pass is done."""
-        capture.own_kept()
-        scores, kept = boundary.finish(), capture.kept
+        capture.own_kept(self.processes.accumulated(self.weights.params))
+        scores, kept = boundary.finish(), capture.release()
         if scores is None:
             reason = "no backward pass happened" if capture.uses else "the model was not used"
             raise InputError(
                 f"run.step(ids): {reason} inside; put both the forward pass and loss.backward() in it."
             )
         self._coverage.check_all_seen()
-        if self._totals_due:
-            self._totals_due = False
-            check_totals(self.weights, kept, scores, before)
+        if self._totals is not None:
+            self._totals.add(kept, scores)
+            if self.processes.reduced():
+                self._totals.check()
+                self._totals, self._totals_due = None, False
             if self._demand.directions is not None:
-                scores, kept = contract(kept, self._demand.directions, scores), []
-        return MicroBatch(ids, scores, kept)
+                scores = contract(kept, self._demand.directions, scores)
+            kept = kept if self._demand.keep else []
+        return MicroBatch(ids, scores, kept, capture.positions)
 
     def coverage(self) -> pl.DataFrame:
         """How each parameter is covered: `parameter, entries, percent, status, operations`.
@@ -220,56 +357,112 @@ class Run:
     def status(self) -> RunStatus:
         """How far the run is, and what it has cost."""
         explained: dict[str, float] = {}
-        for session in self._sessions:
-            session.flush()
-            explained.update(session.explained())
+        with self._work("in writing"):
+            for session in self._sessions:
+                session.flush()
+                explained.update(session.explained())
         within = sum(session.seconds for session in self._sessions)
         return RunStatus(self._step, explained, within, self._seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the training must hold for `Run(resume=...)`; call it between two optimizer steps.
+
+        Everything up to here is valued and written, so that the checkpoint finds it: that costs one validation pass.
+        Where several processes train together, all of them call it.
+
+        Raises:
+            InputError: micro-batches wait for their optimizer step.
+            StoreError: the disk refuses.
+        """
+        if self._pending:
+            raise InputError("run.state_dict(): micro-batches wait for optimizer.step(); call it after that.")
+        with self._work("in writing"):
+            for session in self._sessions:
+                if isinstance(session, Settles):
+                    session.settle()
+                session.flush()
+            self._write_curve()
+            self.writer.flush()
+        return {"step": self._step}
+
+    def _write_curve(self) -> None:
+        if self._curve and self.processes.rank == 0:
+            self.writer.add_table("curve", pl.DataFrame(self._curve))
 
     @property
     def ledger(self) -> Ledger:
         """What was recorded so far."""
-        for session in self._sessions:
-            session.flush()
+        with self._work("in writing"):
+            for session in self._sessions:
+                session.flush()
         return self.writer.ledger
 
     def close(self) -> None:
         """Book the last step, write everything and let go of the optimizer.
 
-        Calling it again does nothing, unless the disk refused: then it tries once more to write.
+        Calling it again does nothing, unless the disk refused: then it tries once more to write. Where several
+        processes train together, all of them call it.
         """
+        self._close(together=True)
+
+    def _close(self, together: bool) -> None:
+        """Without the others, where they may never come here: the last step stays open."""
+        with self._work("in closing"):
+            self._finish(together)
+
+    def _finish(self, together: bool) -> None:
         if not self._closed:
             self._closed = True
             for hook in self._hooks:
                 hook.remove()
         while self._to_close:
-            self._to_close.pop(0).close()  # if the disk refuses, what it handed over has been taken
+            session = self._to_close.pop(0)  # if the disk refuses, what it handed over has been taken
+            session.close() if together else session.flush()
         if not self._written:
-            self.writer.add_table("coverage", self.coverage())
-            if self._curve:
-                self.writer.add_table("curve", pl.DataFrame(self._curve))
+            # a resumed run that had nothing left to do keeps what is known from before
+            known = "coverage" in self.writer.ledger.tables
+            if self.processes.rank == 0 and (self._coverage.uses or not known):
+                self.writer.add_table("coverage", self.coverage())
+            self._write_curve()
             self.writer.close()
             self._written = True
 
     def __enter__(self) -> Run:
-        """The run itself."""
+        """The run itself; a SIGTERM inside, which nobody else handles, leaves the block and closes the run."""
+        self._termination.install()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         """Close, also after an exception: what was recorded is kept."""
-        self.close()
+        self._termination.remove()
+        self._close(together=error is None or self.processes.size == 1)
 
     # --- the optimizer's side ---
 
+    def _opens_step(self) -> bool:
+        """Whether a micro-batch is the first of an optimizer step."""
+        opens = not self._step_open or not self.processes.accumulated(self.weights.params)
+        self._step_open = True
+        return opens
+
+    def _agree(self) -> None:
+        """Where one of several processes has detached, all do (collective)."""
+        if self.processes.size == 1 or not self.faults.detaches or self._agreed_to_stop:
+            return
+        if not self.processes.all(self.faults.first is None):
+            self._agreed_to_stop = True
+            if self.faults.first is None:
+                raise AssayError("another process of the run has stopped its attribution")
+
     def _begin(self) -> None:
         """Before a micro-batch: start an optimizer step if none is open."""
-        if self._pending and all(p.grad is None for p in self.weights.params):
+        if self._pending and not self.processes.accumulated(self.weights.params):
             self._discard()
         if not self._pending:
-            demands = [session.begin_step(self._step) for session in self._sessions]
-            self._demand = demands[0]
+            self._totals = Totals(self.weights, self.processes) if self._totals_due else None
+            self._demand = Demands([session.begin_step(self._step) for session in self._sessions])
 
     def _discard(self) -> None:
         """The gradients of the open step were thrown away without an update (a loss scaler's overflow)."""
@@ -278,31 +471,46 @@ class Run:
             session.skipped(self._step)
         self._step += 1
 
-    @torch.no_grad()
     def _before_update(self) -> None:
+        with self._work("before an update"), torch.no_grad():
+            self._step_open = False
+            self._agree()
+            if self.faults.first is None:
+                self._read_update()
+
+    def _read_update(self) -> None:
         if not self._pending:
             for session in self._sessions:
                 session.unattended_update()
             return
-        started = time.perf_counter()
+        if not self.processes.reduced():
+            raise InputError(
+                "optimizer.step(): the last backward pass did not reduce the gradients over the processes, so that "
+                "each would train a model of its own; leave no_sync() for the last micro-batch of a step."
+            )
         scale, gap = self._scale.before_step()
-        for session in self._sessions:
-            session.before_update(self._step, self._pending, scale, gap)
+        for session, batches in zip(self._sessions, zip(*self._pending, strict=True), strict=True):
+            session.before_update(self._step, batches, scale, gap)
         self._pending = []
         self._step += 1
-        self._seconds += time.perf_counter() - started
 
     def _after_update(self) -> None:
-        if self._step % 64 == 0:
-            for session in self._sessions:
-                session.flush()
+        if self._step % 64 == 0 and self.faults.first is None:
+            with self._work("in writing"):
+                for session in self._sessions:
+                    session.flush()
 
     # --- checks ---
+
+    def _before_forward(self, capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        with self.faults.caught("at the model's inputs"):
+            self._see_input(capture, args, kwargs)
 
     def _see_input(self, capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """On each forward pass of the model in a step: the ids match the rows; once, the start-up check."""
         if capture.paused or not torch.is_grad_enabled():
             return
+        self._compiled.notice()
         leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         rows = [x.shape[0] for x in tensors if x.dim()]
@@ -313,13 +521,14 @@ class Run:
             )
         for tensor in tensors:
             capture.enter(tensor)
-        if self._check_due and capture.batch > 1:
+        if self._check_due and self.processes.all(capture.batch > 1):
             self._check_due = False
-            capture.paused = True
-            try:
-                check_capture(self.model, args, kwargs, self.weights, capture.batch, self._coverage)
-            finally:
-                capture.paused = False
+            with capture.unseen(), self.processes.aside():
+                self.processes.together(
+                    lambda: check_capture(
+                        self.model, args, kwargs, self.weights, capture.batch, self._coverage
+                    )
+                )
 
     def _known_ids(self, ids: Any) -> Sequence[int | str]:
         """The ids as they will be stored, checked before anything happens."""
@@ -338,45 +547,16 @@ class Run:
             )
 
 
-def _watched(model: Module, optimizer: OptimizerModel, exclude: Iterable[str]) -> tuple[Weights, Coverage]:
-    """The parameters to watch, and what is left out with the reason."""
-    named = dict(model.named_parameters())  # a shared parameter appears once, under its first name
-    owned = set(optimizer.params())
-    _check_ownership(named, owned)
-    patterns = list(exclude)
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            near = difflib.get_close_matches(pattern, named, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"Run(exclude=[{pattern!r}]): the model has no such parameter{hint}")
-    left_out: dict[str, tuple[int, str]] = {}
-    watched: list[tuple[str, Parameter]] = []
-    for name, param in named.items():
-        reason = (
-            "excluded"
-            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-            else "frozen"
-            if not param.requires_grad
-            else "not optimized"
-            if param not in owned
-            else None
-        )
-        if reason is None:
-            watched.append((name, param))
-        else:
-            left_out[name] = (param.numel(), reason)
-    if not watched:
-        raise InputError("Run(model, optimizer): no trainable parameter is left to watch.")
-    groups = {param: optimizer.group_index(param) for _, param in watched}
-    weights = Weights(watched, groups, model.buffers())
-    return weights, Coverage(weights.names, left_out)
+def _after_closure(args: Any, kwargs: Any, before_update: Callable[[], None]) -> tuple[Any, Any] | None:
+    """Look at the gradient when it is there: before the step, or after the closure that the step is given."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        before_update()
+        return None
 
+    def evaluate() -> Any:
+        loss = closure()
+        before_update()
+        return loss
 
-def _check_ownership(named: Mapping[str, Parameter], owned: set[Parameter]) -> None:
-    params = set(named.values())
-    foreign = owned - params
-    if foreign:
-        raise InputError(
-            f"Run(model, optimizer): {len(foreign)} of the optimizer's {len(owned)} parameters are not in the model; "
-            "pass the module that holds them all (before wrapping), and the optimizer that was made from it."
-        )
+    return args[:1], {**kwargs, "closure": evaluate}

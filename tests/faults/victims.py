@@ -1,0 +1,111 @@
+"""Work that is killed at any moment and begun again: a training run, an index, a pass of embeddings.
+
+Each function does its work in a folder from wherever it stands there, and notes in `acknowledged` what it was told
+is safe: for a run, the last checkpoint's step, written after a flush.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import assay
+from assay.rows.folder import Folder
+from assay.store.files import write_atomic
+
+STEPS, EVERY, BATCH = 24, 3, 4
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, 5, generator=generator), torch.randint(3, (BATCH,), generator=generator)
+
+
+def loss_fn(model: nn.Module, batch: object) -> Tensor:
+    x, y = batch  # type: ignore[misc]
+    return F.cross_entropy(model(x), y)
+
+
+def record(folder: Path) -> None:
+    """Train with recorded gradients, from the first step on: what a kill leaves can be read, not gone on with."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    method = assay.DataValueEmbedding(assay.Projection(rank=2))
+    with assay.Run(model, optimizer, out=folder / "run", methods=[method], check="off") as watched:
+        for step in range(STEPS):
+            with watched.step([f"{step}-{i}" for i in range(BATCH)]):
+                loss_fn(model, batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def run(folder: Path) -> None:
+    """Train with in-run values and a checkpoint every few steps, from the last checkpoint on."""
+    checkpoint, model = folder / "checkpoint.pt", net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["done"]
+    method = assay.InRunShapley(assay.Target([batch(999)], loss_fn), path="trapezoid")
+    out = folder / "run"
+    with assay.Run(model, optimizer, out=out, methods=[method], resume=start, check="off") as watched:
+        for step in range(start, STEPS):
+            with watched.step([f"{step}-{i}" for i in range(BATCH)]):
+                loss_fn(model, batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % EVERY == 0:
+                watched.state_dict()
+                torch.save(
+                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1},
+                    folder / "new.pt",
+                )
+                os.replace(folder / "new.pt", checkpoint)
+                write_atomic(folder / "acknowledged", str(step + 1).encode())
+
+
+def index(folder: Path) -> None:
+    """Log 60 examples in commits of 7."""
+    examples = [(list(range(BATCH * n, BATCH * n + BATCH)), batch(n)) for n in range(15)]
+    if not (folder / "index" / "curvature" / "curvature.json").exists():
+        assay.Index.build(
+            net(), examples, loss_fn, out=folder / "index", projection=assay.Projection(rank=2), shard=7
+        )
+
+
+def embedding(folder: Path) -> None:
+    """Go through a finished run backwards, in five segments."""
+    assay.open(folder / "run").embeddings(segments=5)
+
+
+def answers(kind: str, folder: Path) -> dict[str, object]:
+    """What a user reads at the end; the same for broken and unbroken work."""
+    if kind == "index":
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    ledger = assay.open(folder / "run")
+    if kind == "embedding":
+        return {"embeddings": ledger.embeddings(segments=5).export().numpy().tobytes()}
+    return {"steps": ledger.steps().rows(), "account": ledger.account().rows()}
+
+
+def committed(kind: str, folder: Path) -> int:
+    """How much a reader finds now: steps of a run, rows of an index, whole."""
+    if kind == "run":
+        return len(assay.open(folder / "run").account()) if (folder / "run" / "run.json").exists() else 0
+    manifest = Folder(folder / "index" / "rows").read_json("manifest.json")
+    return 0 if manifest is None else int(manifest["rows"])
+
+
+VICTIMS = {"run": run, "index": index, "embedding": embedding, "record": record}

@@ -1,0 +1,341 @@
+"""Training on many subsets at once: the ground truth of the linear datamodeling score.
+
+Each model is trained as if it had only its own examples: it averages the loss of a minibatch over those that it keeps
+(`tsloo` drops terms and rescales nothing). All models of a block start alike and meet the examples in the same order;
+`torch.func.vmap` makes their steps one batched computation.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn import Module, Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from assay.errors import InputError, StoreError
+from assay.evaluate.functional import State, check_functional, step
+from assay.evaluate.intervals import Score, mean_with_interval
+from assay.evaluate.lds import linear_datamodeling_score
+from assay.rows import Folder
+from assay.workers import Local, Workers
+
+__all__ = [
+    "SubsetTraining",
+    "SubsetTruth",
+    "draw_subsets",
+    "evaluate",
+    "pick",
+    "subset_truth",
+    "train_on_subsets",
+]
+
+Losses = Callable[[Any, Any], Tensor]
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SubsetTraining:
+    """How every model is trained.
+
+    Args:
+        optimizer: `optimizer(parameters)` gives an SGD, Adam or AdamW of torch.optim, of which the options are read.
+        epochs: passes over the training set.
+        batch: rows of a minibatch, before those that a model leaves out.
+        decay: whether the learning rate falls linearly, from the optimizer's to zero over the run.
+
+    Raises:
+        InputError: a size below 1.
+    """
+
+    optimizer: Callable[[Iterable[Parameter]], Optimizer]
+    epochs: int = 10
+    batch: int = 64
+    decay: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch) < 1:
+            raise InputError("SubsetTraining(epochs, batch): both must be at least 1.")
+
+    def rate(self, step: int, examples: int) -> float:
+        """By what the learning rate of a step is multiplied."""
+        return 1 - step / (self.epochs * -(-examples // self.batch)) if self.decay else 1.0
+
+
+def draw_subsets(examples: int, number: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
+    """`[number, examples]` bool: random subsets that keep that fraction of the examples.
+
+    Example:
+        >>> draw_subsets(10, 3, fraction=0.4).sum(1)
+        tensor([4, 4, 4])
+    """
+    size = round(examples * fraction)
+    if not 0 < size < examples:
+        raise InputError(f"fraction={fraction} of {examples} examples keeps {size}: nothing to compare.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(number, examples, generator=generator).argsort(1)
+    return torch.zeros(number, examples, dtype=torch.bool).scatter_(1, order[:, :size], True)
+
+
+def train_on_subsets(
+    make_model: Callable[[], Module],
+    losses: Losses,
+    data: Any,
+    kept: Tensor,
+    training: SubsetTraining,
+    seed: int = 0,
+) -> Weights:
+    """Train one model per subset, all at once, each as if it had only its own examples.
+
+    Args:
+        make_model: gives a new model; called once, with torch's seed set to `seed`.
+        losses: `losses(model, rows)` returns `[B]`, the loss of each row of a piece of `data`; it may call the model
+            and nothing else of it.
+        data: tensors, or a container of tensors, that share dimension 0.
+        kept: `[S, N]` bool, the examples that each model is trained on.
+        training: the settings.
+        seed: of the weights and of the order of the examples.
+
+    Returns:
+        `{name: [S, *shape]}`: the trained parameters.
+
+    Raises:
+        InputError: `losses` gives no `[B]`, or the sizes do not fit.
+        UnsupportedOptimizerError: the optimizer is none of the three.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> def losses(model, rows):
+        ...     return torch.nn.functional.cross_entropy(model(rows[0]), rows[1], reduction="none")
+        >>> sgd = SubsetTraining(lambda params: torch.optim.SGD(params, lr=0.1), batch=4)
+        >>> found = train_on_subsets(lambda: torch.nn.Linear(3, 2), losses, (x, y), draw_subsets(8, 5), sgd)
+        >>> found["weight"].shape
+        torch.Size([5, 2, 3])
+    """
+    examples = _length(data)
+    if kept.dim() != 2 or kept.shape[1] != examples:
+        raise InputError(
+            f"kept has shape {list(kept.shape)}: give [subsets, {examples}], a column per example."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make_model()
+        orders = [torch.randperm(examples) for _ in range(training.epochs)]
+    optimizer = training.optimizer(model.parameters())
+    check_functional(optimizer)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    own = {name: groups[p] for name, p in model.named_parameters()}
+    weights = {n: p.detach().expand(len(kept), *p.shape).clone() for n, p in model.named_parameters()}
+    states: dict[str, State] = {name: {} for name in weights}
+    slopes = vmap(grad(_mean_loss(model, losses)), in_dims=(0, None, 0))
+    share = kept.to(next(iter(weights.values())).dtype)
+    minibatches = [rows for order in orders for rows in torch.split(order, training.batch)]
+    for t, rows in enumerate(minibatches):
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for batched weights
+            gradients = slopes(weights, pick(data, rows), share[:, rows])
+        for name, w in weights.items():
+            lr = own[name]["lr"] * training.rate(t, examples)
+            weights[name], states[name] = step(
+                type(optimizer), own[name], lr, t + 1, w, gradients[name], states[name]
+            )
+    return weights
+
+
+def evaluate(model: Module, weights: Weights, losses: Losses, queries: Any) -> Tensor:
+    """`[S, Q]`: each model's loss on each query."""
+    plain: Callable[[Weights], Tensor] = lambda w: losses(_Called(model, w), queries)  # noqa: E731
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        found: Tensor = vmap(plain)(weights)
+    return found
+
+
+@dataclass(frozen=True)
+class SubsetTruth:
+    """What retraining on subsets did to the queries.
+
+    Args:
+        kept: `[S, N]` bool, which examples each model was trained on.
+        losses: `[S, Q]`, its loss on each query, averaged over the seeds.
+    """
+
+    kept: Tensor
+    losses: Tensor
+
+    def score(self, values: Tensor, seed: int = 0) -> Score:
+        """The linear datamodeling score of an attribution, with its interval over the queries.
+
+        Args:
+            values: `[Q, N]`, positive where the example lowers the query's loss.
+            seed: of the bootstrap.
+
+        Raises:
+            InputError: the sizes do not fit, or there are fewer than 3 subsets.
+
+        Example:
+            >>> kept = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1], [0, 0, 1]]).bool()
+            >>> worth = torch.tensor([[3.0, 2.0, 1.0], [1.0, 5.0, 0.5]])
+            >>> SubsetTruth(kept, -(kept.float() @ worth.t())).score(worth).per_query
+            tensor([1., 1.], dtype=torch.float64)
+        """
+        if len(self.kept) < 3:
+            raise InputError(f"{len(self.kept)} subsets cannot be ranked: retrain on at least 3.")
+        return mean_with_interval(
+            linear_datamodeling_score(values.cpu(), ~self.kept, self.losses.t()).nan_to_num(0), seed=seed
+        )
+
+
+def subset_truth(
+    make_model: Callable[[], Module],
+    losses: Losses,
+    data: Any,
+    queries: Any,
+    training: SubsetTraining,
+    *,
+    kept: Tensor,
+    seeds: Sequence[int] = (0,),
+    cache: str | Path | None = None,
+    at_once: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
+) -> SubsetTruth:
+    """Retrain on every subset with every seed; what a cache already holds is not done again.
+
+    Args:
+        make_model: gives a new model.
+        losses: `losses(model, rows)` returns `[B]`.
+        data: the training examples, tensors that share dimension 0.
+        queries: the same of the queries.
+        training: the settings.
+        kept: `[S, N]` bool.
+        seeds: of the retrainings; the losses are averaged over them.
+        cache: a folder that keeps each block of models; a killed call goes on there. None keeps nothing.
+        at_once: models that are trained together.
+        progress: called with the number of models done and of all.
+        workers: who retrain, a block at a time; this process alone if left out.
+
+    Raises:
+        StoreError: the cache belongs to other data or settings, or cannot be written.
+    """
+    folder = None if cache is None else Folder(cache)
+    if folder is not None:
+        _claim(folder, _settings(make_model, data, queries, kept, training, at_once))
+    blocks = [(seed, start) for seed in seeds for start in range(0, len(kept), at_once)]
+    done = {block: None if folder is None else _read(folder, _file(*block)) for block in blocks}
+    tasks = (
+        (make_model, losses, data, queries, kept[start : start + at_once], training, seed)
+        for (seed, start), found in done.items()
+        if found is None
+    )
+    fresh = (workers or Local(1)).run(_retrained, tasks)
+    total = torch.zeros(len(kept), _length(queries), dtype=torch.float64)
+    trained = 0
+    for (seed, start), found in done.items():
+        if found is None:
+            found = next(fresh)
+            if folder is not None:
+                folder.write_json(_file(seed, start), {"losses": found.tolist()})
+        total[start : start + at_once] += found / len(seeds)
+        trained += len(found)
+        if progress is not None:
+            progress(trained, len(seeds) * len(kept))
+    return SubsetTruth(kept, total)
+
+
+def _retrained(
+    make_model: Callable[[], Module],
+    losses: Losses,
+    data: Any,
+    queries: Any,
+    kept: Tensor,
+    training: SubsetTraining,
+    seed: int,
+) -> Tensor:
+    """`[S, Q]`: a block of subsets, trained on and asked."""
+    weights = train_on_subsets(make_model, losses, data, kept, training, seed)
+    return evaluate(make_model(), weights, losses, queries).double()
+
+
+def _file(seed: int, start: int) -> str:
+    return f"losses/seed-{seed}-{start:06d}.json"
+
+
+def pick(data: Any, rows: Tensor) -> Any:
+    """The rows of every tensor of a container."""
+    return tree_map(lambda x: x[rows] if isinstance(x, Tensor) else x, data)
+
+
+class _Called:
+    """A model with weights of its own, as far as calling it goes."""
+
+    def __init__(self, model: Module, weights: Weights) -> None:
+        self._model, self._weights = model, weights
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._model, self._weights, args, kwargs)
+
+
+def _mean_loss(model: Module, losses: Losses) -> Callable[[Weights, Any, Tensor], Tensor]:
+    """The mean loss over the kept rows of a minibatch; 0 where none is kept."""
+
+    def mean(weights: Weights, rows: Any, share: Tensor) -> Tensor:
+        found = losses(_Called(model, weights), rows)
+        if found.shape != share.shape:
+            raise InputError(
+                f"losses(model, rows) must return [{len(share)}], one loss per row, not {list(found.shape)}."
+            )
+        return (found * share).sum() / share.sum().clamp(min=1)
+
+    return mean
+
+
+def _length(data: Any) -> int:
+    lengths = {len(x) for x in tree_leaves(data) if isinstance(x, Tensor)}
+    if len(lengths) != 1:
+        raise InputError(f"data: its tensors have {sorted(lengths)} rows; they must share dimension 0.")
+    return lengths.pop()
+
+
+def _settings(
+    make_model: Callable[[], Module],
+    data: Any,
+    queries: Any,
+    kept: Tensor,
+    training: SubsetTraining,
+    at_once: int,
+) -> dict[str, Any]:
+    crc = 0
+    for x in tree_leaves((data, queries, kept)):
+        if isinstance(x, Tensor):
+            crc = zlib.crc32(x.contiguous().cpu().numpy().tobytes(), crc)
+    optimizer = training.optimizer(make_model().parameters())
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return {
+        "optimizer": f"{type(optimizer).__name__} {groups}",
+        "epochs": training.epochs,
+        "batch": training.batch,
+        "decay": training.decay,
+        "at_once": at_once,
+        "crc": f"{crc:08x}",
+    }
+
+
+def _claim(folder: Folder, settings: dict[str, Any]) -> None:
+    """A new cache, or one of the very same settings."""
+    found = folder.read_json("settings.json")
+    if found is None:
+        folder.write_json("settings.json", settings)
+    elif found != settings:
+        raise StoreError(f"{folder.place} caches retrainings of other data or settings: name another cache=")
+
+
+def _read(folder: Folder, name: str) -> Tensor | None:
+    found = folder.read_json(name)
+    return None if found is None else torch.tensor(found["losses"], dtype=torch.float64)

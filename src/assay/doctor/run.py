@@ -1,0 +1,184 @@
+"""Examining a run folder: the header, the parts of its tables, its side tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+
+from assay.doctor.diagnosis import Finding, Room, set_aside
+from assay.errors import StoreError
+from assay.store.files import FrameFile, frame_file, frame_schema, scan_frames, verify_frame, write_error
+from assay.store.header import NAME, VERSION, Header, read_header
+from assay.store.ids import kind_of_dtype
+from assay.store.parts import PART
+from assay.store.schema import DETAILS, PARTED, TABLES, targets_of
+from assay.store.tensors import snapshot_files
+
+__all__ = ["examine_run"]
+
+
+def examine_run(root: Path) -> tuple[Room, list[Finding]]:
+    """Read every file of a run against its checksum.
+
+    Raises:
+        StoreError: the run was written by a newer version of assay.
+    """
+    findings: list[Finding] = []
+    contents: dict[str, int] = {}
+    header = _header(root, findings)
+    details = [table for table in DETAILS if (root / table).is_dir()]
+    for table in (*PARTED, *details, TABLES):
+        folder = root / table
+        if not folder.is_dir():
+            what = "the folder is not there, and nothing of what was in it"
+            findings.append(Finding(folder, "missing", what, "make it, empty", partial(_make, folder)))
+            contents |= {} if table == TABLES else {table: 0}
+            continue
+        whole = dict(_whole_frames(root, folder, findings))
+        if table != TABLES:
+            expected = None if header is None or header.parts is None else header.parts.get(table, 0)
+            findings += _gaps(folder, [file.number for file in whole.values()], expected)
+            contents[table] = _rows(list(whole))
+    findings += _snapshots(root)
+    findings += _leftovers(root)
+    return Room(root, "run", contents), findings
+
+
+def _header(root: Path, findings: list[Finding]) -> Header | None:
+    """The run's header; a finding if it cannot be used."""
+    path = root / NAME
+    try:
+        return read_header(root)
+    except StoreError as error:
+        if _is_newer(path):
+            raise
+        again = _was_resumed(root)
+        findings.append(
+            Finding(
+                path,
+                "damaged" if path.exists() else "missing",
+                str(error)
+                + ("; the run was resumed, and only this file says from which step on" if again else ""),
+                "" if again else "write it anew from the values, without the caller's info",
+                None if again else partial(_rebuild_header, root),
+            )
+        )
+        return None
+
+
+def _is_newer(path: Path) -> bool:
+    try:
+        version = json.loads(path.read_bytes())["version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return isinstance(version, int) and version > VERSION
+
+
+def _was_resumed(root: Path) -> bool:
+    """Whether a micro-batch stands in two parts: once overruled, and once as it was taken again."""
+    parts = [path for path in sorted((root / "values").glob("part-*.parquet")) if _is_whole(path)]
+    batches = [scan_frames([path]).select("step", "micro").unique().collect() for path in parts]
+    return bool(batches) and bool(pl.concat(batches).is_duplicated().any())
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_frame(path)
+    except StoreError:
+        return False
+    return True
+
+
+def _rebuild_header(root: Path) -> None:
+    """`run.json` from what the parts of the values say; the damaged one is set aside."""
+    targets: tuple[str, ...] = ()
+    ids = None
+    whole = (path for path in sorted((root / "values").glob("part-*.parquet")) if _is_whole(path))
+    if (first := next(whole, None)) is not None:
+        schema = frame_schema(first)
+        targets, ids = targets_of(schema), kind_of_dtype(schema["id"])
+    if (root / NAME).exists():
+        set_aside(root, root / NAME)
+    Header(targets, ids, {"recovered": True}).write(root)
+
+
+def _whole_frames(root: Path, folder: Path, findings: list[Finding]) -> Iterator[tuple[Path, FrameFile]]:
+    """The frames of a table that can be trusted; a finding for each of the others."""
+    for path in sorted(folder.iterdir()):
+        file = frame_file(path)
+        if file is None:
+            continue  # the user's own, or a leftover
+        try:
+            verify_frame(path)
+            frame_schema(path)
+        except StoreError as error:
+            findings.append(
+                Finding(
+                    path,
+                    "damaged",
+                    f"{error}",
+                    "move it aside, so that the rest of the run opens",
+                    partial(set_aside, root, path),
+                )
+            )
+        else:
+            yield path, file
+
+
+def _gaps(folder: Path, numbers: list[int], expected: int | None) -> Iterator[Finding]:
+    """A finding for every part that should be there, and for every number that is there twice."""
+    last = max(max(numbers, default=-1) + 1, expected or 0)
+    for number in sorted(set(range(last)) - set(numbers)):
+        yield Finding(
+            folder / f"{PART}-{number:06d}",
+            "missing",
+            "no whole part of this number: its rows are not in the ledger",
+        )
+    for number in sorted({n for n in numbers if numbers.count(n) > 1}):
+        yield Finding(
+            folder / f"{PART}-{number:06d}",
+            "damaged",
+            "two different parts have this number: move the one that is not this run's out of the folder",
+        )
+
+
+def _rows(paths: list[Path]) -> int:
+    return int(scan_frames(paths).select(pl.len()).collect().item()) if paths else 0
+
+
+def _snapshots(root: Path) -> Iterator[Finding]:
+    """A finding for every snapshot whose content is not what its name says."""
+    files = snapshot_files(root)
+    for path, error in files.damaged():
+        yield Finding(
+            path,
+            "damaged",
+            f"{error}",
+            "move it aside: a replay starts from the snapshot before it",
+            partial(set_aside, root, path),
+        )
+
+
+def _leftovers(root: Path) -> Iterator[Finding]:
+    for path in sorted(root.glob("*.tmp")) + sorted(root.glob("*/*.tmp")):
+        yield Finding(
+            path, "left over", "a write that was never finished", "delete it", partial(_delete, path)
+        )
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import warnings
 from pathlib import Path
 
 import polars as pl
@@ -36,3 +38,35 @@ def test_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.targets == ["bible", "novels", "speeches"]
     assert result.out == Path("runs/texts")
     assert result.ledger.by("folder", "bible")["samples"].sum() == result.documents.height
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("trainer", "datasets"),
+        ("sft", "trl"),
+        ("lightning_module", "lightning"),
+        ("accelerate_loop", "accelerate"),
+    ],
+)
+def test_each_trainer(
+    name: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    warnings.simplefilter("ignore")  # those of the trainers' own libraries
+    names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    ledger = names["run"].ledger if "run" in names else names["callback"].ledger
+    target = ledger.targets[-1]
+    assert ledger.account(target)["actual"].sum() > 0.05
+    assert ledger.explained(target) == pytest.approx(1, abs=0.2)
+    known = pl.read_parquet(CORPUS)
+    seen = ledger.metadata().join(known, on="id", how="left", suffix="_known")
+    assert (seen["domain"] == seen["domain_known"]).all()
+    assert set(ledger.values(target)["id"]) <= set(known["id"])
+
+
+def test_three_lines_are_marked_in_each() -> None:
+    for name in ("trainer", "sft", "lightning_module", "accelerate_loop"):
+        lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        assert [line[-3:] for line in lines if re.search(r"# \d$", line)] == ["# 1", "# 2", "# 3"]

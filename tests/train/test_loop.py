@@ -13,7 +13,7 @@ import assay
 from assay.demo import GPT, GPTConfig
 from assay.errors import StoreError
 from assay.train import Config, Progress, train
-from assay.train.loop import _make_optimizer
+from assay.train.loop import make_optimizer
 from assay.train.overhead import OverheadMeter
 
 
@@ -154,7 +154,7 @@ def test_a_second_run_does_not_overwrite_the_first(configure: Any, tmp_path: Pat
 def test_the_schedule_warms_up_and_decays() -> None:
     model = GPT(GPTConfig(vocabulary=10, context=4, layers=1, heads=1, width=8))
     config = Config.model_validate({"out": "o", "data": {"path": "p"}}).train
-    optimizer, scheduler = _make_optimizer(model, config, steps=100)
+    optimizer, scheduler = make_optimizer(model, config, steps=100)
     rates = []
     for _ in range(100):
         rates.append(scheduler.get_last_lr()[0])

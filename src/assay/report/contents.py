@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -146,12 +147,34 @@ class _Reader:
             if sums.height:
                 self._composition(section, sums, [*order, rest] if rest else order)
             helpful, harmful = ends[name]
-            for_list = (described, self.main_column, values, steps, section.scale)
+            for_list = (
+                described,
+                self.main_column,
+                values,
+                steps,
+                section.scale,
+                self._tokens(name, ends[name]),
+            )
             section.helpful = documents(helpful, *for_list)
             section.harmful = documents(harmful, *for_list)
             self._account(section)
             sections.append(section)
         return sections
+
+    def _tokens(
+        self, target: str, ends: tuple[pl.DataFrame, pl.DataFrame]
+    ) -> dict[object, list[float]] | None:
+        """Values by position of the documents that are shown, where the run has them and knows their tokens."""
+        if self.metadata is None or "pieces" not in self.metadata.columns:
+            return None
+        found: dict[object, list[float]] = {}
+        for id_ in pl.concat([part["id"] for part in ends]):
+            try:
+                tokens = self.ledger.tokens(target, id=id_)
+            except InputError:  # the run was not taken apart by token
+                return None
+            found[id_] = tokens.filter(pl.col("token").is_not_null())["value"].to_list()
+        return found
 
     def _values_of(self, name: str) -> Target:
         finite = self.values[name]["value"].to_numpy()
@@ -242,6 +265,12 @@ class _Reader:
             named_alike = all(name in shades for name, _ in accounts)  # "law" is one colour, group or target
             colours = [shades[n] if named_alike else i for i, (n, _) in enumerate(accounts)]
             self.figures["drop"] = figures.drop(accounts, colours)
+        influence = self.side("influence")
+        if influence is not None:
+            self.figures |= {
+                f"influence-{column}": figures.influence(influence, column)
+                for column in ("magnitude", "per_lr")
+            }
         curve = self.side("curve")
         if curve is None or "step" not in curve.columns:
             return []
@@ -272,7 +301,7 @@ class _Reader:
         alone = span(totals["predicted"] / totals["actual"] for totals in accounts)
         note = f"{alone} by values alone" if accounts else ""
         tiles.append(("Loss drop explained", span(t.explained for t in targets), note))
-        return tiles
+        return [*tiles, *_quadrature_tile(self.side("quadrature"))]
 
     def settings(self) -> tuple[tables.Table | None, list[tables.Table]]:
         """Cost, and everything else that the run's info holds."""
@@ -281,6 +310,17 @@ class _Reader:
         cost = tables.quantities(_rows(summary), "What the run took") if summary else None
         rest = (("Configuration", config), ("Versions", versions), ("Run", info))
         return cost, [tables.settings(_rows(part), caption) for caption, part in rest if part]
+
+
+def _quadrature_tile(quadrature: pl.DataFrame | None) -> list[tuple[str, str, str]]:
+    """What the points between the ends of the steps cost, where a path took any."""
+    if quadrature is None or quadrature["points"].max() == 2:
+        return []
+    points, missed = quadrature["points"].to_list(), quadrature.height - quadrature["met"].sum()
+    note = f"at most {max(points)}; {missed} of {quadrature.height} steps missed the tolerance"
+    if "seconds" in quadrature.columns:
+        note += f"; {quadrature['seconds'].sum():.1f} s for those between the ends"
+    return [("Gradients per step", f"{fmean(points):.1f}", note)]
 
 
 def _rows(part: object) -> list[tuple[str, object]]:

@@ -33,6 +33,17 @@ class Document:
     values: Sequence[tuple[str, str]]
     visits: Sequence[tuple[str, str]]
     more_visits: int
+    tokens: Sequence[
+        Token
+    ] = ()  # the text cut into tokens, each with its value; empty where the run has none
+
+
+class Token(NamedTuple):
+    """A piece of a text, its value, and how far it is coloured: from -1 (harmful) to 1 (helpful)."""
+
+    piece: str
+    value: str
+    heat: float
 
 
 class Description(NamedTuple):
@@ -41,6 +52,7 @@ class Description(NamedTuple):
     text: str
     characters: int
     facts: dict[str, Any]
+    pieces: Sequence[str] = ()  # the text of each token, as far as the run saw it
 
 
 _NOTHING_KNOWN = Description("", 0, {})
@@ -59,7 +71,8 @@ def describe(metadata: pl.DataFrame | None, ids: pl.Series) -> dict[object, Desc
     rows = chosen.with_columns(text.str.slice(0, TEXT_LIMIT)).iter_rows(named=True)
     described = {}
     for row, length in zip(rows, text.str.len_chars(), strict=True):
-        described[row.pop("id")] = Description(row.pop("text"), length, row)
+        pieces = row.pop("pieces", None) or ()
+        described[row.pop("id")] = Description(row.pop("text"), length, row, pieces)
     return described
 
 
@@ -81,6 +94,7 @@ def documents(
     others: Mapping[str, Mapping[object, float]],
     steps: pl.DataFrame,
     scale: Scale,
+    by_token: Mapping[object, Sequence[float]] | None = None,
 ) -> list[Document]:
     """Describe samples for a list.
 
@@ -91,6 +105,7 @@ def documents(
         others: Value of each sample for every target, by target and id.
         steps: Columns step, id, value of these samples (others are ignored).
         scale: Scale of the values of this list.
+        by_token: Value of each position of a sample, by id, where the run has them.
     """
     visits: dict[object, list[tuple[int, float]]] = {}
     of_rows = steps.join(rows.select("id"), on="id", how="semi").filter(pl.col("value").is_finite())
@@ -117,9 +132,23 @@ def documents(
                 values=[(t, scale.signed(of_target.get(identity))) for t, of_target in others.items()],
                 visits=[(plain(step), scale.signed(v)) for step, v in seen[:VISITS]],
                 more_visits=max(0, len(seen) - VISITS),
+                tokens=_tokens(known.pieces, (by_token or {}).get(identity, ())),
             )
         )
     return shown
+
+
+def _tokens(pieces: Sequence[str], values: Sequence[float]) -> list[Token]:
+    """Pieces with their values, coloured relative to the largest magnitude among them."""
+    if not pieces or not values:
+        return []
+    scale, largest = Scale.of(values), max(map(abs, values)) or 1.0
+    return [
+        Token(
+            piece or "▸", scale.signed(value), value / largest
+        )  # the mark of the start has no text of its own
+        for piece, value in zip(pieces, values, strict=False)
+    ]
 
 
 def sample_table(

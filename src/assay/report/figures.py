@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from assay.report.aggregate import Histogram
 from assay.report.format import Scale
 
-__all__ = ["SERIES", "account", "cumulative", "curve", "distribution", "drop", "stages"]
+__all__ = ["SERIES", "account", "cumulative", "curve", "distribution", "drop", "influence", "stages"]
 
 SERIES = 8
 """Colours --series-0 … --series-7; the last one is grey, for what is left over."""
@@ -192,4 +192,25 @@ def curve(frame: pl.DataFrame, column: str) -> go.Figure:
         line={"color": "var(--series-0)", "width": 1.5},
         hovertemplate="step %{x}: %{y:.4~g}<extra></extra>",
     )
+    return figure
+
+
+def influence(frame: pl.DataFrame, column: str) -> go.Figure:
+    """The influence of each step's samples on every query, one line per query.
+
+    Args:
+        frame: Columns query, step and `column`.
+        column: "magnitude", or "per_lr", the same over the learning rate.
+    """
+    figure = _figure(260, hovermode="x unified", showlegend=True)
+    for index, (query,) in enumerate(frame.select("query").unique(maintain_order=True).iter_rows()):
+        rows = frame.filter(pl.col("query") == query)
+        figure.add_scatter(
+            x=rows["step"].to_numpy(),
+            y=rows[column].to_numpy(),
+            name=_label(query),
+            mode="lines",
+            line=_line(index),
+            hovertemplate="%{y:.3~g}",
+        )
     return figure

@@ -6,23 +6,32 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"{error.name} is not installed: pip install 'assay[train]'") from error
 
-from assay.train.config import Attribution, Config, Data, Model, Targets, Training, load_config
-from assay.train.data import content_id, read_documents
+from assay.train.again import Again, config_of, differences
+from assay.train.config import Attribution, Config, Data, Model, Targets, Training, load_config, override
+from assay.train.data import content_id, read_documents, read_rows
+from assay.train.estimate import Estimate, estimate
 from assay.train.loop import Progress, Result, train
 from assay.train.tokenizer import learn_tokenizer
 
 __all__ = [
+    "Again",
     "Attribution",
     "Config",
     "Data",
+    "Estimate",
     "Model",
     "Progress",
     "Result",
     "Targets",
     "Training",
+    "config_of",
     "content_id",
+    "differences",
+    "estimate",
     "learn_tokenizer",
     "load_config",
+    "override",
     "read_documents",
+    "read_rows",
     "train",
 ]

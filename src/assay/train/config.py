@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from assay.errors import InputError
 
-__all__ = ["Attribution", "Config", "Data", "Model", "Targets", "Training", "load_config"]
+__all__ = ["Attribution", "Config", "Data", "Model", "Targets", "Training", "load_config", "override"]
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -150,12 +150,24 @@ class Attribution(Section):
         momentum: what becomes of the part of an update that earlier steps caused.
         tolerance: refine the quadrature of a step until it explains the step's change up to this share.
         measure_every: compare with a plain step once in so many steps; 0 turns the comparison off.
+        granularity: ``token`` also takes every value apart by token, which the report shows in the texts; documents
+            are then to be cut (``data.long``).
+        snapshots: take snapshots for ``assay adjoint``: ``auto``, the number of steps between two, or a budget such as
+            ``2 GB``.
+        embeddings: also record what `assay influence` needs (:class:`assay.DataValueEmbedding`), and take snapshots.
+        rank: of its projections.
+        curvature: ``fisher``, or ``ggn`` to record the Gauss-Newton matrix as well.
     """
 
     path: str = "left"
     momentum: str = "instant"
     tolerance: Annotated[float, Field(gt=0)] | None = None
     measure_every: Annotated[int, Field(ge=0)] = 40
+    granularity: Literal["sample", "token"] = "sample"
+    snapshots: Annotated[int, Field(ge=1)] | str | None = None
+    embeddings: bool = False
+    rank: Count = 16
+    curvature: Literal["fisher", "ggn"] = "fisher"
 
 
 class Config(Section):
@@ -184,6 +196,14 @@ class Config(Section):
     targets: Targets = Targets()
     train: Training = Training()
     attribution: Attribution = Attribution()
+
+    @model_validator(mode="after")
+    def _one_row_per_document(self) -> Config:
+        if self.attribution.granularity == "token" and self.data.long == "split":
+            raise ValueError(
+                "attribution.granularity: token needs data.long: cut, so that a position is one token"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -214,17 +234,39 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist; brackets within brackets
+        raise InputError(f"{path}: a value in it cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no configuration: expected keys such as 'out:' and 'data:'")
     for key, value in (overrides or {}).items():
         _put(content, key, value)
+    lines = {key: line for key, line in _lines(yaml.compose(text)) if key not in (overrides or {})}
+    return _validated(content, str(path), lines)
+
+
+def override(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A configuration with other values at some dotted keys.
+
+    Raises:
+        InputError: a key that does not exist, or a value that cannot be used.
+
+    Example:
+        >>> override(Config(out="runs/mine", data={"path": "texts"}), {"train.epochs": 3}).train.epochs
+        3
+    """
+    content = config.model_dump(exclude_unset=True)
+    for key, value in overrides.items():
+        _put(content, key, value)
+    return _validated(content, "--set", {})
+
+
+def _validated(content: dict[str, Any], name: str, lines: Mapping[str, int]) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         first, *others = error.errors()
-        lines = {key: line for key, line in _lines(yaml.compose(text)) if key not in (overrides or {})}
         key = ".".join(map(str, first["loc"]))
-        where = f"{path}, line {lines[key]}" if key in lines else str(path)
+        where = f"{name}, line {lines[key]}" if key in lines else name
         more = f" (and {len(others)} more)" if others else ""
         raise InputError(f"{where}: {_explain(first, key)}{more}") from error
 

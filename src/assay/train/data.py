@@ -16,7 +16,7 @@ from assay.errors import AssayWarning, InputError
 from assay.train.config import Data, Targets
 from assay.train.optional import require
 
-__all__ = ["content_id", "hold_out", "read_documents"]
+__all__ = ["content_id", "fingerprint", "hold_out", "read_documents", "read_rows"]
 
 RESERVED = ("id", "text", "value", "samples", "negative", "mean")
 """Columns that documents cannot be grouped by: they have a meaning of their own here or in `Ledger.by`."""
@@ -70,6 +70,42 @@ def read_documents(data: Data) -> pl.DataFrame:
     clash = [name for name in ("id", "text") if name in others.columns]
     others = others.drop(clash)  # the user chose other columns for these two
     return others.select(identity.alias("id"), pl.all(), frame[data.text].alias("text"))
+
+
+def read_rows(data: Data) -> tuple[pl.DataFrame, pl.Series]:
+    """Read every row of the data as it is, all columns, and the ids that the documents have in a run.
+
+    Args:
+        data: the section ``data`` of a configuration; ``limit`` is not applied.
+
+    Returns:
+        The rows as they lie there, and the id of each, null where a row has no text to be named by.
+
+    Raises:
+        InputError: nothing is there, it cannot be read, or a column is missing or of the wrong type.
+    """
+    where = str(data.path or data.dataset)
+    frame = (
+        _read_path(data.path, data.text)
+        if data.path
+        else _read_dataset(data.model_copy(update={"limit": None}))
+    )
+    if data.id is None:
+        _need(frame, data.text, where)
+        names = [None if text is None else content_id(text) for text in frame[data.text].cast(pl.String)]
+        identity = pl.Series(names, dtype=pl.String)
+    else:
+        _need(frame, data.id, where)
+        identity = _identity(frame, data, where)
+    return frame, identity
+
+
+def fingerprint(documents: pl.DataFrame) -> str:
+    """Name a set of documents by ids and texts, whatever their order: 16 hexadecimal digits of SHA-256."""
+    digest = hashlib.sha256()
+    for line in sorted(f"{id_}\0{text}" for id_, text in documents.select("id", "text").iter_rows()):
+        digest.update(hashlib.sha256(line.encode()).digest())
+    return digest.hexdigest()[:16]
 
 
 def hold_out(

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import ceil, cos, pi
+from math import ceil, cos, isfinite, pi
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +17,22 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import assay
+from assay.demo import GPT
 from assay.train.batches import Batch, Id, Row, batch_rows, make_batch, make_rows
 from assay.train.config import Config, Training
-from assay.train.data import hold_out, read_documents
+from assay.train.data import fingerprint, hold_out, read_documents
+from assay.train.influence import keep_curves, loss_of_pair, pair
 from assay.train.model import build_model, pick_device, save_model, token_mean_loss
 from assay.train.overhead import OverheadMeter, now
 from assay.train.tokenizer import Tokenizer
 
-__all__ = ["Progress", "Result", "train"]
+__all__ = ["Progress", "Result", "Setup", "prepare", "train"]
 
+AXES = 64  # rows whose gradients give the axes of the projection
 Group = tuple[list[Id], Batch]
+
+EXPLAINED_EVERY = 20
+"""Steps between two readings of the explained share, which books what waits."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Progress:
         loss: training loss of the step, in nats per token.
         tokens_per_second: over the last steps, with assay on.
         overhead: see :class:`OverheadMeter`; None before the first comparison.
+        explained: share of the targets' loss drop that the account explains so far, the one furthest from 1; None
+            before it is known.
     """
 
     step: int
@@ -46,6 +54,7 @@ class Progress:
     loss: float
     tokens_per_second: float
     overhead: float | None
+    explained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Setup:
+class Setup:
     """Everything that training needs, made from the configuration."""
 
     config: Config
@@ -110,8 +119,8 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
         InputError: the data, the model or the device cannot be used.
         StoreError: the run folder already holds a run or cannot be written.
     """
-    setup = _prepare(config)
-    optimizer, scheduler = _make_optimizer(setup.model, config.train, setup.steps)
+    setup = prepare(config)
+    optimizer, scheduler = make_optimizer(setup.model, config.train, setup.steps)
     run = assay.Run(
         setup.model,
         optimizer,
@@ -124,10 +133,13 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
                 path=config.attribution.path,
                 momentum=config.attribution.momentum,
                 tolerance=config.attribution.tolerance,
-            )
+                granularity=config.attribution.granularity,
+            ),
+            *_embedding(setup),
         ],
-        metadata=setup.documents.unique("id", keep="first", maintain_order=True),
+        metadata=_metadata(setup),
         info=_describe(setup),
+        snapshots=config.attribution.snapshots or ("auto" if config.attribution.embeddings else None),
     )
     meter = OverheadMeter(setup.model, config.attribution.measure_every)
     start, steps, interrupted = time.perf_counter(), 0, False
@@ -141,8 +153,12 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
         with run:  # closes it, whatever the disk says to the summary
             run.writer.update_info({"summary": _summary(steps, seconds, meter)})
     save_model(setup.model, setup.tokenizer, config.out / "model")
+    ledger = run.ledger
+    if config.attribution.embeddings and steps:
+        _keep_curves(setup, ledger)
+        ledger = assay.open(config.out)
     return Result(
-        ledger=run.ledger,
+        ledger=ledger,
         documents=setup.documents,
         targets=list(setup.targets),
         by=config.targets.by,
@@ -155,7 +171,12 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
     )
 
 
-def _prepare(config: Config) -> _Setup:
+def prepare(config: Config) -> Setup:
+    """Read the data, learn the tokenizer, make the model and hold out the targets' documents.
+
+    Raises:
+        InputError: the data, the model or the device cannot be used.
+    """
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     documents, held = hold_out(read_documents(config.data), config.targets, config.seed)
@@ -166,7 +187,7 @@ def _prepare(config: Config) -> _Setup:
 
     context = config.model.context
     seen = min(context, config.targets.tokens or context)
-    return _Setup(
+    return Setup(
         config=config,
         device=device,
         model=model.to(device).train(),
@@ -177,7 +198,40 @@ def _prepare(config: Config) -> _Setup:
     )
 
 
-def _make_optimizer(
+def _embedding(setup: Setup) -> list[assay.DataValueEmbedding]:
+    """The second method, where it is asked for."""
+    wanted = setup.config.attribution
+    if not wanted.embeddings:
+        return []
+    logits = "head" if isinstance(setup.model, GPT) else None
+    some = setup.rows[:: max(1, len(setup.rows) // AXES)][:AXES]
+    batches = [pair(make_batch(some[i : i + 8]).to(setup.device)) for i in range(0, len(some), 8)]
+    axes = assay.Target(batches, loss_of_pair)
+    projection = assay.Projection(rank=wanted.rank, kind="pca")
+    return [assay.DataValueEmbedding(projection, axes=axes, curvature=wanted.curvature, logits=logits)]
+
+
+def _keep_curves(setup: Setup, ledger: Any) -> None:
+    """The influence-by-step curve of every target, for the report."""
+    embeddings = ledger.embeddings(curvature=setup.config.attribution.curvature)
+    curves = []
+    for name, batch in setup.targets.items():
+        scores = embeddings.influence(setup.model, [pair(batch)], loss_of_pair)
+        curves.append(embeddings.by_step(scores).select(pl.lit(name).alias("query"), pl.all()))
+    keep_curves(ledger, pl.concat(curves))
+
+
+def _metadata(setup: Setup) -> pl.DataFrame:
+    """What is known of the documents; with values by token also the text of each token, as `pieces`."""
+    documents = setup.documents.unique("id", keep="first", maintain_order=True)
+    if setup.config.attribution.granularity != "token":
+        return documents
+    context = setup.config.model.context
+    pieces = [["", *parts][:context] for parts in setup.tokenizer.pieces(documents["text"].to_list())]
+    return documents.with_columns(pieces=pl.Series(pieces, dtype=pl.List(pl.String)))
+
+
+def make_optimizer(
     model: nn.Module, train: Training, steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -200,7 +254,7 @@ def _make_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _groups(setup: _Setup) -> Iterator[list[Group]]:
+def groups(setup: Setup) -> Iterator[list[Group]]:
     """The micro-batches of each optimizer step."""
     train = setup.config.train
     generator = torch.Generator().manual_seed(setup.config.seed)
@@ -216,7 +270,7 @@ def _groups(setup: _Setup) -> Iterator[list[Group]]:
 
 
 def _steps(
-    setup: _Setup,
+    setup: Setup,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     run: Any,
@@ -231,8 +285,8 @@ def _steps(
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    rate = 0.0
-    for step, group in zip(range(setup.steps), _groups(setup), strict=False):
+    rate, explained = 0.0, None
+    for step, group in zip(range(setup.steps), groups(setup), strict=False):
 
         def plain(group: list[Group] = group) -> None:
             for _, batch in group:
@@ -245,7 +299,8 @@ def _steps(
 
         start, loss = now(device), 0.0
         for ids, batch in group:
-            with run.step(ids):
+            counted = (batch.targets >= 0).sum(1)
+            with run.step(ids, counted / (counted.sum() * len(group))):
                 loss += backward(batch, len(group))
         inside = run.status().seconds if compared else 0.0
         updating = now(device)
@@ -262,7 +317,10 @@ def _steps(
         speed = tokens / (end - start)
         rate = 0.9 * rate + 0.1 * speed if step else speed
         run.log({"loss": loss, "gradient_norm": float(norm), "tokens_per_second": speed})
-        report(Progress(step + 1, setup.steps, loss, rate, meter.overhead))
+        if step % EXPLAINED_EVERY == EXPLAINED_EVERY - 1:
+            shares = [share for share in run.status().explained.values() if isfinite(share)]
+            explained = max(shares, key=lambda share: abs(share - 1), default=None)
+        report(Progress(step + 1, setup.steps, loss, rate, meter.overhead, explained))
         yield step + 1
 
 
@@ -276,7 +334,7 @@ def _summary(steps: int, seconds: float, meter: OverheadMeter) -> dict[str, Any]
     }
 
 
-def _describe(setup: _Setup) -> dict[str, Any]:
+def _describe(setup: Setup) -> dict[str, Any]:
     """What the run folder says of the run: enough to repeat it."""
     versions = {
         name: getattr(sys.modules[name], "__version__", "?")
@@ -287,7 +345,9 @@ def _describe(setup: _Setup) -> dict[str, Any]:
         "config": setup.config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **versions},
         "seed": setup.config.seed,
+        "working_directory": str(Path.cwd()),
         "documents": setup.documents.height,
+        "fingerprint": fingerprint(setup.documents),
         "parameters": sum(p.numel() for p in setup.model.parameters()),
         "targets": {name: list(batch.tokens.shape) for name, batch in setup.targets.items()},
     }

@@ -16,9 +16,9 @@ from assay.errors import InputError
 from assay.train.batches import Batch
 from assay.train.config import Model
 from assay.train.optional import require
-from assay.train.tokenizer import Tokenizer, learn_tokenizer, pretrained_tokenizer
+from assay.train.tokenizer import Tokenizer, learn_tokenizer, pretrained_tokenizer, saved_tokenizer
 
-__all__ = ["build_model", "pick_device", "save_model", "token_mean_loss"]
+__all__ = ["build_model", "load_model", "pick_device", "save_model", "token_mean_loss"]
 
 
 def build_model(config: Model, texts: Iterable[str]) -> tuple[nn.Module, Tokenizer]:
@@ -55,6 +55,29 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     else:
         cast(Any, model).save_pretrained(folder)
     tokenizer.save(folder)
+
+
+def load_model(config: Model, folder: Path) -> tuple[nn.Module, Tokenizer]:
+    """Read weights and tokenizer from where :func:`save_model` wrote them.
+
+    Args:
+        config: the section ``model`` of the run's configuration.
+        folder: of the weights.
+
+    Raises:
+        InputError: they are not there, or do not fit the configuration.
+    """
+    if config.name != "gpt":
+        return _load_pretrained(str(folder), config.context), pretrained_tokenizer(str(folder))
+    tokenizer = saved_tokenizer(folder)
+    sizes = GPTConfig(tokenizer.size, config.context, config.layers, config.heads, config.width)
+    model = GPT(sizes)
+    try:
+        model.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder / 'weights.pt'} cannot be loaded: {reason}") from error
+    return model, tokenizer
 
 
 def pick_device(name: str) -> torch.device:

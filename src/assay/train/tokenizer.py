@@ -10,7 +10,7 @@ from typing import Any
 from assay.errors import InputError
 from assay.train.optional import require
 
-__all__ = ["Tokenizer", "learn_tokenizer", "pretrained_tokenizer"]
+__all__ = ["Tokenizer", "learn_tokenizer", "pretrained_tokenizer", "saved_tokenizer"]
 
 END = "<|end|>"
 
@@ -21,6 +21,7 @@ class Tokenizer:
 
     Attributes:
         split: token ids of each text, without marks for start and end.
+        pieces: the part of the text that each of these tokens stands for; together they are the text.
         start: the token before a document.
         end: the token after a document.
         size: number of token ids.
@@ -28,6 +29,7 @@ class Tokenizer:
     """
 
     split: Callable[[list[str]], list[list[int]]]
+    pieces: Callable[[list[str]], list[list[str]]]
     start: int
     end: int
     size: int
@@ -64,8 +66,44 @@ def learn_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    return _of_bpe(bpe)
+
+
+def saved_tokenizer(folder: Path) -> Tokenizer:
+    """Read a tokenizer that was learned for a run, from where the run saved it.
+
+    Raises:
+        InputError: it is not there, or damaged.
+    """
+    tokenizers: Any = require("tokenizers", "train")
+    path = folder / "tokenizer.json"
+    try:
+        return _of_bpe(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises bare exceptions
+        raise InputError(f"{path} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def _pieces(text: str, offsets: Iterable[tuple[int, int]]) -> list[str]:
+    """Cut a text where its tokens end; a character that takes several tokens goes to the first of them.
+
+    Example:
+        >>> _pieces("to be", [(0, 2), (2, 5)])
+        ['to', ' be']
+    """
+    pieces, at = [], 0
+    for _, end in offsets:
+        pieces.append(text[at:end] if end > at else "")
+        at = max(at, end)
+    return pieces
+
+
+def _of_bpe(bpe: Any) -> Tokenizer:
     return Tokenizer(
         split=lambda texts: [encoding.ids for encoding in bpe.encode_batch(texts, add_special_tokens=False)],
+        pieces=lambda texts: [
+            _pieces(text, encoding.offsets)
+            for text, encoding in zip(texts, bpe.encode_batch(texts, add_special_tokens=False), strict=True)
+        ],
         start=bpe.token_to_id(END),
         end=bpe.token_to_id(END),
         size=bpe.get_vocab_size(),
@@ -94,6 +132,15 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(
         # lengths above the model's are no mistake here: rows are cut afterwards
         split=lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"],
+        pieces=lambda texts: [
+            _pieces(
+                text,
+                tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)[
+                    "offset_mapping"
+                ],
+            )
+            for text in texts
+        ],
         start=start,
         end=tokenizer.eos_token_id,
         size=len(tokenizer),

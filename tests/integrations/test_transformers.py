@@ -1,0 +1,345 @@
+"""The Trainer with the callback against a plain loop over the same batches, and everything around it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import assay
+from assay.errors import InputError
+from assay.integrations.identity import content_id
+from integrations.texts import pad
+
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+
+from assay.integrations.transformers import AssayCallback  # noqa: E402
+
+
+@pytest.fixture
+def make_trainer(data: Any, held_out: Any, make_model: Any, tmp_path: Path) -> Any:
+    """A Trainer with clipping, decay and a schedule; keywords replace its arguments."""
+
+    def make(train_dataset: Any = None, model: Any = None, collate: Any = pad, **arguments: Any) -> Any:
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "trainer"),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "learning_rate": 3e-3,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.5,
+            "warmup_steps": 2,
+            "adam_epsilon": 1e-5,
+            "logging_steps": 2,
+            "report_to": [],
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **arguments,
+        }
+        return transformers.Trainer(
+            make_model() if model is None else model,
+            transformers.TrainingArguments(**settings),
+            data_collator=collate,
+            train_dataset=data if train_dataset is None else train_dataset,
+            eval_dataset=held_out,
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the trainer's own libraries
+        warnings.simplefilter("error", assay.AssayWarning)
+        warnings.filterwarnings("ignore", ".*explain", assay.AssayWarning)
+        yield
+
+
+def replay(
+    make_model: Any, rows: list[dict[str, Any]], held_out: Any, steps: list[list[list[str]]], total: int
+) -> Any:
+    """The same training as a plain loop with `run.step`: documents of each micro-batch of each step, by name."""
+    by_name = {row["doc"]: {"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows}
+    model = make_model().train()
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=3e-3, betas=(0.9, 0.999), eps=1e-5,
+    )  # fmt: skip
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 2, total)
+    batch = pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in held_out])
+    target = assay.Target([batch], lambda model, batch: model(**batch).loss)
+    run = assay.Run(model, optimizer, methods=[assay.InRunShapley({"eval": target})])
+    for micros in steps:
+        batches = [pad([by_name[name] for name in names]) for names in micros]
+        tokens = sum(int((b["labels"][:, 1:] >= 0).sum()) for b in batches)
+        for names, batch in zip(micros, batches, strict=True):
+            with run.step(names):
+                model(**batch, num_items_in_batch=torch.tensor(tokens)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    run.close()
+    return run.ledger, model
+
+
+def grouped(ledger: Any, size: int) -> list[list[list[str]]]:
+    """Names of each micro-batch of each step, as they were recorded."""
+    found = ledger.steps()
+    return [
+        [part["id"].to_list() for part in step.iter_slices(size)]
+        for step in found.partition_by("step", maintain_order=True)
+    ]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", ["dataset", "list", "stream"])
+def test_values_are_those_of_a_plain_loop(
+    make_trainer: Any, make_model: Any, rows: Any, data: Any, held_out: Any, accumulate: int, kind: str
+) -> None:
+    # of the stream a multiple of both accumulations: the Trainer carries a remainder's gradient into the next epoch
+    stream = data.select(range(36)).to_iterable_dataset()
+    train = {"dataset": data, "list": rows[:40], "stream": stream}[kind]
+    length = {"max_steps": 8} if kind == "stream" else {}
+    trainer = make_trainer(train, gradient_accumulation_steps=accumulate, **length)
+    callback = AssayCallback(id="doc", columns=["domain"]).attach(trainer)
+    trainer.train()
+    ledger = callback.ledger
+    total = trainer.state.max_steps
+    assert ledger.account()["step"].to_list() == list(range(total))
+    plain, model = replay(make_model, rows, held_out, grouped(ledger, 4), total)
+    found, expected = ledger.steps(), plain.steps()
+    assert found.select("step", "id").equals(expected.select("step", "id"))
+    scale = expected["value"].abs().max()
+    np.testing.assert_allclose(found["value"], expected["value"], rtol=2e-3, atol=1e-4 * scale)
+    for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    if kind != "stream":
+        assert ledger.values()["steps"].unique().to_list() == [2]  # each document, once per epoch
+        assert dict(ledger.metadata().select("id", "domain").iter_rows()) == {
+            row["doc"]: row["domain"] for row in rows[:40]
+        }
+
+
+def test_shuffled_documents_keep_their_names(make_trainer: Any, rows: Any) -> None:
+    """The loader's order has nothing to do with the names: each value belongs to the text of that name."""
+    trainer = make_trainer(num_train_epochs=1)
+    named = AssayCallback(id="doc").attach(trainer)
+    trainer.train()
+    again = make_trainer(num_train_epochs=1)
+    hashed = AssayCallback().attach(again)
+    again.train()
+    content = {content_id({k: row[k] for k in ("input_ids", "labels")}): row["doc"] for row in rows}
+    found = {content[id_]: value for id_, value, _ in hashed.ledger.values().iter_rows()}
+    assert found == pytest.approx({id_: value for id_, value, _ in named.ledger.values().iter_rows()})
+    order = named.ledger.steps()["id"].to_list()
+    assert order != [row["doc"] for row in rows[:40]]
+    assert sorted(order) == sorted(row["doc"] for row in rows[:40])
+
+
+def test_workers_hand_on_names(make_trainer: Any, rows: Any) -> None:
+    trainer = make_trainer(num_train_epochs=1, dataloader_num_workers=2, max_steps=3)
+    callback = AssayCallback(id="doc").attach(trainer)
+    trainer.train()
+    assert set(callback.ledger.values()["id"]) <= {row["doc"] for row in rows[:40]}
+    assert callback.ledger.values().height == 12
+
+
+def test_all_columns_kept(make_trainer: Any, rows: Any) -> None:
+    """With remove_unused_columns=False the collator gets what it would get without assay."""
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        assert {"doc", "domain", "input_ids"} <= set(examples[0])
+        return pad([{k: e[k] for k in ("input_ids", "labels")} for e in examples])
+
+    trainer = make_trainer(collate=collate, remove_unused_columns=False, max_steps=2)
+    callback = AssayCallback(id="doc", columns=["domain"]).attach(trainer)
+    trainer.train()
+    assert set(callback.ledger.values()["id"]) <= {row["doc"] for row in rows[:40]}
+    assert set(callback.ledger.metadata()["domain"]) <= {row["domain"] for row in rows}
+
+
+def test_training_is_what_it_is_without(make_trainer: Any) -> None:
+    trained = []
+    for watched in (False, True):
+        trainer = make_trainer(gradient_accumulation_steps=2)
+        if watched:
+            AssayCallback(id="doc", strict=True).attach(trainer)
+        trainer.train()
+        trained.append((trainer.model, trainer.state.log_history))
+    (plain, history), (watched, logged) = trained
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [row.get("loss") for row in history] == [row.get("loss") for row in logged]
+
+
+def test_evaluation_in_between_changes_nothing(make_trainer: Any) -> None:
+    values = []
+    for arguments in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}):
+        trainer = make_trainer(**arguments)
+        callback = AssayCallback(id="doc").attach(trainer)
+        trainer.train()
+        values.append(callback.ledger)
+    assert values[0].steps().equals(values[1].steps())
+    assert values[0].account().equals(values[1].account())
+    assert any("eval_loss" in row for row in trainer.state.log_history)
+
+
+def test_numbers_reach_the_loggers(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make_trainer(report_to=["tensorboard"])
+    callback = AssayCallback(out=tmp_path / "run", id="doc", columns=["domain"], group="domain").attach(
+        trainer
+    )
+    trainer.train()
+    ledger = assay.open(tmp_path / "run")
+    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
+    for domain, value, *_ in ledger.by("domain").iter_rows():
+        assert last[f"assay/value/eval/{domain}"] == pytest.approx(value, abs=0.1)
+    assert 0 < last["assay/share_of_time"] < 1
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert "train/assay/explained/eval" in events.Tags()["scalars"]
+    assert callback.ledger.table("curve").height == 10
+
+
+def test_the_running_sums_end_at_the_ledgers(make_trainer: Any) -> None:
+    from assay.integrations.live import LiveValues
+
+    trainer = make_trainer(logging_steps=1, max_steps=7)
+    callback = AssayCallback(id="doc", columns=["domain"], group="domain").attach(trainer)
+    trainer.train()
+    assert callback.run is not None
+    groups = dict(callback.ledger.metadata().select("id", "domain").iter_rows())
+    whole = LiveValues(callback.run).read(groups)
+    for domain, value, *_ in callback.ledger.by("domain").iter_rows():
+        assert whole[f"assay/value/eval/{domain}"] == pytest.approx(value)
+
+
+def test_an_error_leaves_a_whole_ledger_and_the_trainer_as_it_was(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(logging_steps=1)
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    trainer.add_callback(Stop())
+    AssayCallback(out=tmp_path / "run", id="doc", columns=["domain"]).attach(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    ledger = assay.open(tmp_path / "run")
+    assert ledger.account()["step"].to_list() == [0, 1, 2]
+    assert ledger.account()["status"].unique().to_list() == ["ok"]
+    assert ledger.metadata().height == 12
+    for name in ("train", "training_step", "log", "get_train_dataloader", "_load_best_model"):
+        assert name not in vars(trainer)
+    assert not any(isinstance(c, AssayCallback) for c in trainer.callback_handler.callbacks)
+
+
+def test_a_checkpoint_goes_on_in_a_folder_beside(make_trainer: Any, tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 1}
+    trainer = make_trainer(**arguments)
+    AssayCallback(out=tmp_path / "run", id="doc").attach(trainer)
+    trainer.train()
+    whole = assay.open(tmp_path / "run").steps()
+    again = make_trainer(**arguments)
+    AssayCallback(out=tmp_path / "run", id="doc").attach(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-4"))
+    rest = assay.open(tmp_path / "run-from-4")
+    assert rest.info["resumed_from_step"] == 4
+    expected = whole.filter(pl.col("step") >= 4)
+    assert rest.steps()["id"].to_list() == expected["id"].to_list()
+    np.testing.assert_allclose(rest.steps()["value"], expected["value"], rtol=1e-3, atol=1e-7)
+
+
+def test_the_best_model_is_loaded_after_the_last_step_is_booked(make_trainer: Any) -> None:
+    accounts = []
+    for best in (False, True):
+        trainer = make_trainer(
+            num_train_epochs=1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+            load_best_model_at_end=best, metric_for_best_model="eval_loss", greater_is_better=True,
+        )  # fmt: skip
+        callback = AssayCallback(id="doc").attach(trainer)
+        trainer.train()
+        accounts.append(callback.ledger.account())
+    assert accounts[0].equals(accounts[1])
+
+
+def test_targets_of_ones_own(make_trainer: Any, held_out: Any) -> None:
+    own = assay.Target(
+        [pad([{k: held_out[0][k] for k in ("input_ids", "labels")}])], lambda m, b: m(**b).loss
+    )
+    trainer = make_trainer(max_steps=2)
+    callback = AssayCallback({"one": own, "all": held_out, "three": held_out}, id="doc", rows=3).attach(
+        trainer
+    )
+    trainer.train()
+    assert callback.ledger.targets == ["one", "all", "three"]
+    assert callback.ledger.values("all").equals(callback.ledger.values("three"))
+    assert not callback.ledger.values("all").equals(callback.ledger.values("one"))
+
+
+def test_what_cannot_be_used_is_said_in_one_line(make_trainer: Any, make_model: Any, data: Any) -> None:
+    with pytest.raises(InputError, match="no Trainer"):
+        AssayCallback().attach(object())
+    with pytest.raises(InputError, match="columns="):
+        AssayCallback(group="domain")
+    with pytest.raises(InputError, match="not begun"):
+        _ = AssayCallback().ledger
+    trainer = make_trainer()
+    trainer.add_callback(AssayCallback())
+    with pytest.raises(InputError, match="attach"):
+        trainer.train()
+    trainer = make_trainer()
+    AssayCallback(id="nowhere").attach(trainer)
+    with pytest.raises(InputError, match="no column 'nowhere'"):
+        trainer.train()
+    trainer = make_trainer()
+    trainer.eval_dataset = None
+    AssayCallback(id="doc").attach(trainer)
+    with pytest.raises(InputError, match="nothing to value"):
+        trainer.train()
+
+
+def test_several_devices_are_refused(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    callback = AssayCallback(id="doc").attach(trainer)
+    trainer.args._n_gpu = 2
+    with pytest.raises(InputError, match="one process on one device"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_content_ids() -> None:
+    a = {"input_ids": [1, 2], "labels": np.array([1, 2], dtype=np.int32), "text": "x"}
+    b = {"labels": torch.tensor([1, 2]), "text": "x", "input_ids": (1, 2)}
+    assert content_id(a) == content_id(b)
+    different = [
+        {**b, "text": "y"},
+        {**b, "labels": [1]},
+        {**b, "labels": None},
+        {"input_ids": [1, 2]},
+        [[1], [2]],
+        [[1, 2]],
+    ]
+    assert len({content_id(x) for x in [a, *different]}) == 7
+    assert content_id([1.5, 2.5]) == content_id(torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
+    assert content_id(["ab", "c"]) != content_id(["a", "bc"])
+    assert content_id([[1, 2], [3]]) != content_id([[1], [2, 3]])
+    with pytest.raises(InputError, match="no content"):
+        content_id({"image": object()})

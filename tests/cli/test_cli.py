@@ -22,7 +22,18 @@ from assay.demo import CORPUS
 from assay.train import Progress
 
 CLI = [sys.executable, "-c", "from assay.cli import main; main()"]
-COMMANDS = [[], ["demo"], ["train"], ["report"], ["bench"], ["bench", "overhead"]]
+COMMANDS = [
+    [],
+    ["demo"],
+    ["train"],
+    ["report"],
+    ["rerun"],
+    ["select"],
+    ["credit"],
+    ["serve"],
+    ["bench"],
+    ["bench", "overhead"],
+]
 
 
 @pytest.fixture
@@ -85,6 +96,7 @@ def test_help_is_what_no_argument_gives(run: Any) -> None:
         (["train", "{config}", "--set", "attribution.path=right"], 1, "'right'"),
         (["train", "{config}", "--out", "{config}"], 1, "mine.yaml"),
         (["report", "none"], 1, "error: there is no folder none"),
+        (["serve", "none"], 1, "error: there is no folder none"),
         (["demo", "--quick", "--out", "{config}"], 1, "mine.yaml"),
     ],
 )
@@ -231,7 +243,18 @@ def test_a_log_gets_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_optional_libraries_are_not_imported_early(statement: str) -> None:
     script = f"import sys; {statement}; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    optional = {"transformers", "tokenizers", "yaml", "plotly", "jinja2", "datasets"}
+    optional = {
+        "transformers",
+        "tokenizers",
+        "yaml",
+        "plotly",
+        "jinja2",
+        "datasets",
+        "scipy",
+        "starlette",
+        "lightning",
+        "accelerate",
+    }
     assert not optional & set(out.split())
 
 

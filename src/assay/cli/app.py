@@ -10,9 +10,19 @@ from typing import Annotated, TextIO
 import typer
 
 from assay import __version__
+from assay.cli.adjoint import adjoint
 from assay.cli.bench import bench
+from assay.cli.credit import credit
 from assay.cli.demo import demo
+from assay.cli.doctor import doctor
+from assay.cli.index import index
+from assay.cli.influence import influence
+from assay.cli.plan import plan
 from assay.cli.report import report
+from assay.cli.rerun import rerun
+from assay.cli.search import search
+from assay.cli.select import select
+from assay.cli.serve import serve
 from assay.cli.train import train
 from assay.errors import AssayError, AssayWarning
 
@@ -27,7 +37,17 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(plan)
 app.command()(report)
+app.command()(influence)
+app.command()(index)
+app.command()(search)
+app.command()(adjoint)
+app.command()(rerun)
+app.command()(select)
+app.command()(credit)
+app.command()(serve)
+app.command()(doctor)
 app.add_typer(bench, name="bench")
 
 

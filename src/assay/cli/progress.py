@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 if TYPE_CHECKING:
     from assay.train import Progress
 
-__all__ = ["follow", "make_console", "percent"]
+__all__ = ["follow", "make_console", "named_share", "percent"]
 
 LINES = 20
 """How many lines a whole run leaves in a log."""
@@ -33,6 +33,16 @@ def percent(overhead: float | None) -> str:
         ('+12 %', '–')
     """
     return "–" if overhead is None else f"{overhead:+.0%}".replace("%", " %")
+
+
+def named_share(share: float | None) -> str:
+    """A share for people, or a dash where there is none.
+
+    Example:
+        >>> named_share(0.123), named_share(float("nan"))
+        ('12.3 %', '–')
+    """
+    return "–" if share is None or share != share else f"{100 * share:.1f} %"
 
 
 @contextmanager
@@ -61,7 +71,8 @@ def follow(console: Console) -> Iterator[Callable[[Progress], None]]:
 
 
 def _state(at: Progress) -> str:
-    return f"loss {at.loss:.3f} · {at.tokens_per_second:,.0f} tokens/s · overhead {percent(at.overhead)}"
+    state = f"loss {at.loss:.3f} · {at.tokens_per_second:,.0f} tokens/s · overhead {percent(at.overhead)}"
+    return state if at.explained is None else f"{state} · explained {100 * at.explained:.0f} %"
 
 
 def _line(console: Console, at: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -93,7 +94,22 @@ def _account(ledger: Ledger, targets: list[str]) -> Table:
         table.add_row(
             target, *(f"{number:+.3f}" for number in sums), _share(ledger.explained(target)), _share(negative)
         )
+    table.caption = _quadrature(ledger)
     return table
+
+
+def _quadrature(ledger: Ledger) -> str | None:
+    """What the points between the ends of the steps cost, where a path took any."""
+    if "quadrature" not in ledger.tables:
+        return None
+    taken = ledger.table("quadrature")
+    if taken["points"].max() == 2:
+        return None
+    points = taken["points"].to_list()
+    return (
+        f"{fmean(points):.1f} gradients of the targets per step, at most {max(points)}; "
+        f"those between the ends took {taken['seconds'].sum():.1f} s"
+    )
 
 
 def _table(title: str) -> Table:

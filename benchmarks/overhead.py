@@ -4,11 +4,13 @@ Arms, for SGD and for AdamW:
 
 * plain: forward, backward, `optimizer.step()`, `zero_grad()`;
 * pass: the same after one gradient of the validation loss by `torch.autograd.grad`, which is thrown away;
-* assay: the same loop inside `assay.Run` with one first-order target, and with `--path` higher orders beside it.
+* assay: the same loop inside `assay.Run` with one first-order target, and with `--path` higher orders beside it, each
+  with the choice of what waits for the step's right end (`--path trapezoid:reduced`).
 
 All arms run in one process, one step of each per round in an order that rotates, so that whatever else the
 machine does hits all of them alike. A ratio is taken within a round, to the plain step of the same optimizer; the
-table gives medians and quartiles of the ratios. Peak memory is measured in a process of its own for each arm.
+table gives medians and quartiles of the ratios. Peak memory is measured in a process of its own for each arm, in
+which glibc gives every freed block of 128 KiB or more back at once, so that the peak is that of what is in use.
 
     python benchmarks/overhead.py            # the sizes of docs/results.md, about half an hour on two cores
     python benchmarks/overhead.py --quick    # one small model, under a minute, nothing written
@@ -104,9 +106,10 @@ def build(size: Size, family: str) -> tuple[nn.Module, Callable[[nn.Module, Tens
     return GPT2LMHeadModel(config), hugging_face_loss
 
 
-def arm(size: Size, family: str, device: torch.device, optimizer: str, kind: str) -> Step:
+def arm(options: argparse.Namespace, size: Size, optimizer: str, kind: str) -> Step:
     """One training step of that kind, on a model of its own."""
-    model, loss_fn = build(size, family)
+    device, parts = torch.device(options.device), options.accumulate
+    model, loss_fn = build(size, options.family)
     model.to(device)
     opt = OPTIMIZERS[optimizer](model)
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +118,8 @@ def arm(size: Size, family: str, device: torch.device, optimizer: str, kind: str
     held_out = torch.randint(VOCABULARY, (1, shape[1]), generator=generator).to(device)
 
     def train() -> None:
-        loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        for _ in range(parts):
+            (loss_fn(model, batch) / parts).backward()  # type: ignore[no-untyped-call]
         update()
 
     def update() -> None:
@@ -131,13 +135,15 @@ def arm(size: Size, family: str, device: torch.device, optimizer: str, kind: str
     if kind == "pass":
         return with_pass
     target = assay.Target([held_out], loss_fn)
-    path = kind.removeprefix("assay").strip() or "left"
-    run = assay.Run(model, opt, methods=[assay.InRunShapley({"held out": target}, path=path)])
+    path, _, memory = (kind.removeprefix("assay").strip() or "left").partition(":")
+    method = assay.InRunShapley({"held out": target}, path, memory=memory or "keep")
+    run = assay.Run(model, opt, methods=[method], check="off")
     ids = list(range(size.batch))
 
     def with_assay() -> None:
-        with run.step(ids):
-            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        for _ in range(parts):
+            with run.step(ids):
+                (loss_fn(model, batch) / parts).backward()  # type: ignore[no-untyped-call]
         update()
 
     return with_assay
@@ -162,7 +168,7 @@ def measure_time(size: Size, options: argparse.Namespace) -> dict[tuple[str, str
     """Seconds of each round by optimizer and kind; the first `warmup` rounds are not in them."""
     device = torch.device(options.device)
     arms = {
-        (optimizer, kind): arm(size, options.family, device, optimizer, kind)
+        (optimizer, kind): arm(options, size, optimizer, kind)
         for optimizer in OPTIMIZERS
         for kind in (*KINDS, *(f"assay {path}" for path in options.path))
     }
@@ -180,9 +186,12 @@ def measure_memory(size: Size, options: argparse.Namespace, optimizer: str, kind
     """Peak bytes of three steps of one arm, in a process of its own."""
     command = [
         sys.executable, __file__, "--peak-of", optimizer, kind, "--size", str(size), "--family", options.family,
-        "--device", options.device, "--threads", str(options.threads),
+        "--device", options.device, "--threads", str(options.threads), "--accumulate", str(options.accumulate),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **settings}
+    )
     if done.returncode:
         raise SystemExit(f"the memory of {kind} with {optimizer} could not be measured:\n{done.stderr}")
     return int(done.stdout.split()[-1])
@@ -195,7 +204,7 @@ def peak(size: Size, options: argparse.Namespace) -> int:
     """
     device = torch.device(options.device)
     before = resident_peak(afresh=True)
-    step = arm(size, options.family, device, *options.peak_of)
+    step = arm(options, size, *options.peak_of)
     for _ in range(3):
         step()
     synchronize(device)
@@ -301,11 +310,18 @@ def parser() -> argparse.ArgumentParser:
         "--family", choices=("gpt", "gpt2"), default="gpt", help="plain torch, or transformers' GPT-2"
     )
     result.add_argument(
-        "--path", action="append", default=[], choices=("trapezoid", "simpson", "hessian"),
+        "--path", action="append", default=[], metavar="PATH[:MEMORY]",
+        choices=[
+            path + memory
+            for path in ("left", "trapezoid", "simpson", "hessian")
+            for memory in ("", ":recompute", ":reduced")
+            if memory != ":reduced" or path in ("trapezoid", "simpson")
+        ],
         help="measure this path beside the first order; may be repeated",
     )  # fmt: skip
     result.add_argument("--rounds", type=int, help="timed steps of each arm (20; 5 with --quick)")
     result.add_argument("--warmup", type=int, default=3, help="steps of each arm before them")
+    result.add_argument("--accumulate", type=int, default=1, help="micro-batches of one optimizer step (1)")
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--device", default="cpu")
     result.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
@@ -337,7 +353,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = RESULTS / f"overhead-{options.family}-{torch.device(options.device).type}.json"
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"rounds": options.rounds, "warmup": options.warmup, "family": options.family}
+        settings = {
+            "rounds": options.rounds, "warmup": options.warmup, "family": options.family,
+            "accumulate": options.accumulate,
+        }  # fmt: skip
         document = {"machine": machine(options), "settings": settings, "rows": rows}
         out.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written to {out}")

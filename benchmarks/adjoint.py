@@ -1,0 +1,267 @@
+"""What snapshots and the adjoint cost: time beside the training that they replay, and bytes beside what was planned.
+
+A GPT is trained with AdamW and clipping for some steps: plainly, and with snapshots; then its adjoint is taken for one
+target and for eight together. One round does all four, in an order that rotates, so that whatever else the machine
+does hits all of them alike; ratios are taken within a round, and the table gives medians and quartiles. Peak memory is
+measured in a process of its own and set against `assay.replay.plan`, disk is that of the snapshots' files.
+
+    python benchmarks/adjoint.py            # the sizes of docs/results.md, some minutes on two cores
+    python benchmarks/adjoint.py --quick    # one small model, nothing written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from overhead import (
+    RESULTS,
+    VOCABULARY,
+    Size,
+    lm_loss,
+    machine,
+    resident_peak,
+    summary,
+    synchronize,
+)
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+
+import assay
+from assay.demo.gpt import GPT, GPTConfig
+from assay.replay.plan import plan_of
+
+SIZES = [Size(8, 128, 128, 4), Size(4, 128, 256, 2), Size(16, 16, 16, 1)]
+QUICK = [Size(4, 32, 32, 1)]
+TARGETS = 8
+ARMS = ("plain", "snapshots", "adjoint", "adjoint of 8")
+
+
+class Problem:
+    """A model, its data and its loop."""
+
+    def __init__(self, size: Size, steps: int, device: torch.device) -> None:
+        self.size, self.steps, self.device = size, steps, device
+        generator = torch.Generator().manual_seed(1)
+        shape = (steps, size.batch, size.context + 1)
+        self.data = torch.randint(VOCABULARY, shape, generator=generator).to(device)
+        self.queries = [
+            x[:1] for x in torch.randint(VOCABULARY, (TARGETS, *shape[1:]), generator=generator).to(device)
+        ]
+
+    def fresh(self) -> tuple[nn.Module, Optimizer]:
+        """The model and its optimizer at the start."""
+        torch.manual_seed(0)
+        size = self.size
+        model = GPT(GPTConfig(VOCABULARY, size.context, size.layers, max(1, size.width // 64), size.width))
+        model.to(self.device)
+        return model, AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def batches(self, step: int) -> list[tuple[list[int], Tensor]]:
+        """The one micro-batch of a step."""
+        return [(list(range(self.size.batch)), self.data[step])]
+
+    def train(self, run: assay.Run | None, model: nn.Module, optimizer: Optimizer) -> None:
+        """The loop, with a run or without."""
+        for step in range(self.steps):
+            for ids, batch in self.batches(step):
+                if run is None:
+                    lm_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                else:
+                    with run.step(ids):
+                        lm_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def recorded(self, out: str | None) -> tuple[assay.Ledger, nn.Module, Optimizer]:
+        """The run with snapshots."""
+        model, optimizer = self.fresh()
+        with assay.Run(model, optimizer, out=out, snapshots="auto", check="off") as run:
+            self.train(run, model, optimizer)
+        return run.ledger, model, optimizer
+
+
+def arm(
+    problem: Problem, kind: str, recorded: tuple[assay.Ledger, nn.Module, Optimizer]
+) -> Callable[[], None]:
+    """What is timed."""
+    ledger, model, optimizer = recorded
+
+    def plain() -> None:
+        problem.train(None, *problem.fresh())
+
+    def snapshots() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            problem.recorded(f"{folder}/run")
+
+    def adjoint() -> None:
+        queries = problem.queries if kind == ARMS[3] else problem.queries[:1]
+        ledger.adjoint(model, optimizer, problem.batches, lm_loss, queries)
+
+    return {"plain": plain, "snapshots": snapshots}.get(kind, adjoint)
+
+
+def measure_time(problem: Problem, options: argparse.Namespace, folder: str) -> dict[str, list[float]]:
+    """Seconds of each round by arm."""
+    recorded = problem.recorded(f"{folder}/run")
+    arms = {kind: arm(problem, kind, recorded) for kind in ARMS}
+    result: dict[str, list[float]] = {kind: [] for kind in ARMS}
+    for number in range(options.warmup + options.rounds):
+        for kind in ARMS[number % len(ARMS) :] + ARMS[: number % len(ARMS)]:
+            synchronize(problem.device)
+            started = time.perf_counter()
+            arms[kind]()
+            synchronize(problem.device)
+            if number >= options.warmup:
+                result[kind].append(time.perf_counter() - started)
+    return result
+
+
+def peak(problem: Problem, kind: str) -> int:
+    """Bytes that one arm needs at most beyond what was there before its model."""
+    before = resident_peak(afresh=True)
+    if kind == "plain":
+        problem.train(None, *problem.fresh())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            recorded = problem.recorded(f"{folder}/run")
+            if problem.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                resident_peak(afresh=True)
+            arm(problem, kind, recorded)()
+    if problem.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(problem.device)
+    return resident_peak() - before
+
+
+def measure_memory(problem: Problem, options: argparse.Namespace, steps: int, kind: str) -> int:
+    """`peak` in a process of its own."""
+    command = [
+        sys.executable, __file__, "--peak-of", kind, "--size", str(problem.size), "--device", options.device,
+        "--threads", str(options.threads), "--steps", str(steps),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the memory of {kind} could not be measured:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def measure(size: Size, options: argparse.Namespace) -> dict[str, Any]:
+    """Ratios, and bytes beside the plan."""
+    problem = Problem(size, options.steps, torch.device(options.device))
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure_time(problem, options, folder)
+        disk = sum(p.stat().st_size for p in (Path(folder) / "run" / "snapshots").iterdir())
+    model, optimizer = problem.fresh()
+    plans = {queries: plan_of(model, optimizer, options.steps, queries) for queries in (1, TARGETS)}
+    few = {queries: plan_of(model, optimizer, 4, queries) for queries in (1, TARGETS)}
+    row: dict[str, Any] = {
+        "size": size._asdict(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": options.steps,
+        "seconds": {kind: summary(taken) for kind, taken in times.items()},
+        "ratio": {
+            kind: summary([a / b for a, b in zip(taken, times["plain"], strict=True)])
+            for kind, taken in times.items()
+        },
+        "eight_over_one": summary([a / b for a, b in zip(times[ARMS[3]], times[ARMS[2]], strict=True)]),
+        "disk": {"planned": plans[1].disk, "found": disk},
+    }
+    if not options.no_memory:
+        row["memory"] = {
+            kind: {
+                # a short run tells what the activations take; the plan says what a longer one adds
+                "planned": measure_memory(problem, options, 4, kind) + plans[q].memory - few[q].memory,
+                "found": measure_memory(problem, options, options.steps, kind),
+                "states_planned": plans[q].memory,
+            }
+            for kind, q in ((ARMS[2], 1), (ARMS[3], TARGETS))
+        }
+        row["memory"]["plain"] = measure_memory(problem, options, options.steps, "plain")
+    return row
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """The rows as a table."""
+    table = Table(title="time over that of the training that is replayed: medians (quartiles)", min_width=80)
+    for column in ("size", "snapshots", "adjoint", "of 8 targets", "8 over 1", "disk", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [
+            f"{r['median']:.2f} ({r['lower_quartile']:.2f}-{r['upper_quartile']:.2f})"
+            for r in (*(row["ratio"][kind] for kind in ARMS[1:]), row["eight_over_one"])
+        ]
+        memory = row.get("memory", {}).get(ARMS[2])
+        table.add_row(
+            str(Size(**row["size"])),
+            *cells,
+            f"{row['disk']['found'] / row['disk']['planned']:.2f} of plan",
+            "" if memory is None else f"{memory['found'] / memory['planned']:.2f} of plan",
+        )
+    console.print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="adjoint", description=(__doc__ or "").split("\n")[0])
+    result.add_argument("--quick", action="store_true", help="one small model; writes only to --out")
+    result.add_argument("--size", type=Size.parse, action="append", metavar="BxTxD[xLAYERS]")
+    result.add_argument("--steps", type=int, help="of the training (25; 12 with --quick)")
+    result.add_argument("--rounds", type=int, help="timed rounds (3; 2 with --quick)")
+    result.add_argument("--warmup", type=int, default=1)
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    result.add_argument("--out", type=Path, help="JSON file (results/adjoint-DEVICE.json)")
+    result.add_argument("--peak-of", metavar="ARM", help=argparse.SUPPRESS)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the results."""
+    options = parser().parse_args(argv)
+    options.rounds = options.rounds or (2 if options.quick else 3)
+    options.steps = options.steps or (12 if options.quick else 25)
+    if options.rounds < 2:
+        parser().error("--rounds must be at least 2: quartiles need several")
+    torch.set_num_threads(options.threads)
+    sizes = options.size or (QUICK if options.quick else SIZES)
+    if options.peak_of:
+        print(peak(Problem(sizes[0], options.steps, torch.device(options.device)), options.peak_of))
+        return
+    console = Console()
+    console.width = max(console.width, 110)
+    rows = []
+    for size in sizes:
+        console.print(
+            f"measuring {size} on {options.device}, {options.rounds} rounds of {options.steps} steps"
+        )
+        rows.append(measure(size, options))
+    show(rows, console)
+    out = options.out
+    if out is None and not options.quick:
+        out = RESULTS / f"adjoint-{torch.device(options.device).type}.json"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
+        out.write_text(
+            json.dumps({"machine": machine(options), "settings": settings, "rows": rows}, indent=1) + "\n"
+        )
+        console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

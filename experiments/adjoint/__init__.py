@@ -1,0 +1,1 @@
+"""The adjoint against honest retraining."""

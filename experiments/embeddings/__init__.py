@@ -1,0 +1,1 @@
+"""Data value embeddings beside honest retraining."""

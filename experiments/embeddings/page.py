@@ -1,0 +1,106 @@
+"""Sections of `docs/results.md` on data value embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log10
+from typing import Any
+
+from experiments.tables import Result, table
+
+DECADES = 4  # of the plot
+REMOVALS = ("single step", "last epoch", "all epochs")
+
+
+def mnist(r: Result) -> str:
+    """Spearman by form, run by run."""
+    parts = [
+        f"## Data value embeddings against retraining\n\n{r['model']}; {r['training']}, seed {r['seed']}. "
+        f"{r['removals']} removals each of a sample's term in one random step, in one of the last epoch, and in all "
+        "epochs; the truth is honest retraining in float64. Spearman over the removals, the mean over "
+        f"{r['queries']} queries. `layer` is the published block structure and `fisher` the published curvature; "
+        "`random` and `pca` are the projections and their rank, `none` is the same recursion with nothing projected, "
+        "`√K` in coordinates √D w.\n"
+    ]
+    for run, rows in sorted(
+        r["parts"].items(), key=lambda part: (part[0].split()[0], float(part[0].split()[1]))
+    ):
+        found: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in rows:
+            found.setdefault(_form(row), {})[row["removal"]] = row["spearman"]
+        lines = [[*form, *(f"{scores[kind]:.2f}" for kind in REMOVALS)] for form, scores in found.items()]
+        parts.append(table([run, "curvature", "blocks", "state", *REMOVALS], lines))
+    return "\n".join(parts)
+
+
+def _form(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["method"] != "embedding":
+        return row["method"], "", "", ""
+    state = "w, m" if row["momentum"] else "w"
+    return row["projection"], row["curvature"], row["blocks"], state
+
+
+def gpt(r: Result) -> str:
+    """Values for a late target, then Spearman against retraining."""
+    parts = [f"## Data value embeddings on a small GPT\n\n{r['model']}; {r['training']}, seed {r['seed']}.\n"]
+    if "values" in r["parts"]:
+        lines = [
+            [row["projection"], row["path"], f"{row['by_id']:.3f}", f"{row['by_row']:.3f}"]
+            for row in r["parts"]["values"]
+        ]
+        parts.append(
+            "`value_for` a target that training did not know, beside the values of the same target computed while it "
+            "ran: Spearman over the samples, and over samples and steps.\n"
+        )
+        parts.append(table(["projection", "path", "by id", "by row"], lines))
+    if "fidelity" in r["parts"]:
+        found: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in r["parts"]["fidelity"]:
+            found.setdefault(_form(row), {})[row["removal"]] = row["spearman"]
+        lines = [[*form, *(f"{scores[kind]:.2f}" for kind in REMOVALS[:2])] for form, scores in found.items()]
+        parts.append(f"{r['removals']} removals each and {r['queries']} queries, against retraining.\n")
+        parts.append(table(["", "curvature", "blocks", "state", *REMOVALS[:2]], lines))
+    if "stages" in r["parts"]:
+        parts.append(
+            f"Influence on held-out text over a run of {r['long']} steps: its mean size, and that over the learning "
+            "rate, by step, each over its maximum: a peak in the warm-up, a basin, an ascent to the end.\n\n"
+            "![Influence over the learning rate by step](results-stages.svg)\n"
+        )
+    return "\n".join(parts)
+
+
+def stages(r: Result) -> str:
+    """The influence-by-step curve as SVG: size, and size over the learning rate, each over its own maximum."""
+    rows = r["parts"].get("stages", [])
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 300" font-family="sans-serif" font-size="12">',
+        "<title>Influence of the samples of each step on the final loss</title>",
+        '<rect width="640" height="300" fill="white"/>',
+        '<line x1="50" x2="600" y1="250" y2="250" stroke="#999"/>',
+        '<text x="325" y="285" text-anchor="middle">step</text>',
+    ]
+    for power in range(DECADES + 1):
+        y = 50 + 200 * power / DECADES
+        parts.append(f'<line x1="50" x2="600" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="44" y="{y + 4:.0f}" text-anchor="end">{10.0**-power:g}</text>')
+    last = max((row["step"] for row in rows), default=1)
+    for name, words, colour, x in (
+        ("magnitude", "mean size of the influence", "#1f618d", 50),
+        ("per_lr", "the same over the learning rate", "#c0392b", 250),
+        ("lr", "learning rate", "#777", 480),
+    ):
+        top = max((row[name] for row in rows), default=1.0)
+        decades = [max(log10(max(row[name], 1e-30) / top), -DECADES) for row in rows]
+        points = " ".join(
+            f"{50 + 550 * row['step'] / last:.1f},{50 - 200 * y / DECADES:.1f}"
+            for row, y in zip(rows, decades, strict=True)
+        )
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{x}" y="30" fill="{colour}">{words}</text>')
+    for step in range(0, last + 1, max(1, last // 6)):
+        parts.append(f'<text x="{50 + 550 * step / last:.1f}" y="266" text-anchor="middle">{step}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {"embeddings_mnist": mnist, "embeddings_gpt": gpt}
+PLOTS: dict[str, tuple[str, Callable[[Result], str]]] = {"results-stages.svg": ("embeddings_gpt", stages)}

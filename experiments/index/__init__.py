@@ -1,0 +1,1 @@
+"""Linear datamodeling scores of the influence index."""

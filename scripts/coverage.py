@@ -2,7 +2,7 @@
 
     python scripts/coverage.py [--results build/coverage.jsonl] [FAMILY ...]
 
-Each family's model is built with random weights and tiny sizes (tests/conformance/families.py), put to the start-up
+Each family's model is built with random weights and small sizes (tests/conformance/attempts.py), put to the start-up
 check, and its per-sample gradients are compared with autograd on single samples (tests/conformance/compare.py). The
 results are kept family by family, so that an interrupted command goes on where it stopped.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -25,12 +26,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from conformance.attempts import attempts  # noqa: E402
 from conformance.compare import compare  # noqa: E402
-from conformance.families import build, configuration, every_family, model_class  # noqa: E402
+from conformance.families import every_family  # noqa: E402
 
 from assay import CoverageError  # noqa: E402
 
-LARGEST, SECONDS = 4_000_000, 30  # entries of a model that counts as tiny; patience with one family
+LARGEST, SECONDS, MEMORY = (
+    10_000_000,
+    40,
+    12 << 30,
+)  # entries of a small model; patience and room for one family
 ROUNDING = 1e-9, 1e-5  # float64 throughout; float32 somewhere inside the model
 
 
@@ -38,15 +44,19 @@ def main() -> None:
     """Compare the families that have no result yet, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*")
+    parser.add_argument(
+        "--page-only", action="store_true", help="try nothing, write the page of what is known"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "coverage.jsonl")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # a family that wants more is not tiny
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = _read(options.results)
     with options.results.open("a") as file:
-        for family in options.families or every_family():
+        for family in [] if options.page_only else options.families or every_family():
             if family not in known:
                 print(family, flush=True)
                 known[family] = _tried(family)
@@ -62,25 +72,21 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _tried(family: str) -> dict[str, Any]:
     """What came of a family: `kind` and what there is to say about it."""
-    signal.signal(signal.SIGALRM, _give_up)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, _give_up)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process's own time
     try:
         try:
-            entries = _entries(family)
-            if entries > LARGEST:
-                return {"kind": "not tiny", "why": f"{entries / 1e6:.0f} million parameters"}
-            model, inputs = build(family)
-            model = model.double()
-            inputs = {k: v.double() if _is_float(v) else v for k, v in inputs.items()}
-            if not _repeats(model, inputs):
-                model.eval()  # its training mode draws random numbers of its own
+            model, inputs = next(attempts(family, LARGEST))
+        except TimeoutError:
+            raise
         except Exception as error:
-            return {"kind": "not built", "why": _first_line(error)}
-        return _compared(model, inputs)
+            why = _first_line(error)
+            return {"kind": "not tiny" if why.endswith("million parameters") else "not built", "why": why}
+        return {**_compared(model, inputs), "inputs": [k for k in inputs if k != "use_cache"]}
     except TimeoutError:
         return {"kind": "not tiny", "why": f"more than {SECONDS} seconds"}
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _compared(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -101,25 +107,8 @@ def _compared(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind, "error": worst, "ways": dict(ways)}
 
 
-def _entries(family: str) -> int:
-    """How large the model would be."""
-    with torch.device("meta"):
-        kind, config = model_class(family), configuration(family)
-        return sum(p.numel() for p in kind._from_config(config).parameters())
-
-
 def _give_up(*_: object) -> None:
     raise TimeoutError
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _repeats(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether two forward passes give the same: no random numbers are drawn."""
-    first, second = ([x for x in model(**inputs).to_tuple() if _is_float(x)] for _ in range(2))
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _first_line(error: Exception) -> str:
@@ -133,15 +122,18 @@ def _page(results: dict[str, dict[str, Any]]) -> str:
         "# Coverage of transformers",
         "",
         f"Written by `python scripts/coverage.py` with transformers {transformers.__version__} and torch "
-        f"{torch.__version__.split('+')[0]}. Every model type whose configuration can be made tiny without its own "
-        "preprocessing was built with random weights, and the per-sample gradients of every parameter were compared "
-        "with autograd on single samples in float64.",
+        f"{torch.__version__.split('+')[0]}. Every model type that can be made small was built with random weights: by "
+        "the usual names of sizes, else by dividing every width of its default configuration by the same number. Its "
+        "inputs are random; where a model takes images or sound in a form of its own, it was compared on text alone, "
+        "as the table says. The per-sample gradients of every parameter were compared with autograd on single samples "
+        "in float64.",
         "",
         f"Of {len(results)} model types {tried} were compared: **{kinds['fast path']} exact by the fast path, "
         f"{kinds['fallback']} exact with a named fallback for some parameters, {kinds['refused']} refused, "
-        f"{kinds['failed']} failed, {kinds['wrong']} wrong.** The others were not built: {kinds['not tiny']} are not "
-        f"tiny under the sizes that this command knows, {kinds['not built']} need a configuration or inputs that it "
-        "does not know (most of them image-text, audio and video models).",
+        f"{kinds['failed']} failed, {kinds['wrong']} wrong.** The others were not compared: {kinds['not tiny']} are "
+        f"too large for this command, {kinds['not built']} need a configuration, inputs or a library that it "
+        "does not have"
+        + (f", and {left} were not tried yet." if (left := len(set(every_family()) - set(results))) else "."),
         "",
         f"An error below {ROUNDING[0]:g} is float64 rounding; one up to {ROUNDING[1]:g} comes from models that cast to "
         "float32 inside (norms, routers, scans).",
@@ -167,8 +159,11 @@ _TITLES = {
 
 def _table(kind: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     if kind in ("fast path", "fallback", "wrong"):
-        head = ["| family | largest relative error | parameters |", "|---|---|---|"]
-        return head + [f"| {f} | {r['error']:.1e} | {_ways(r['ways'])} |" for f, r in rows.items()]
+        head = ["| family | inputs | largest relative error | parameters |", "|---|---|---|---|"]
+        return head + [
+            f"| {f} | {', '.join(r['inputs'])} | {r['error']:.1e} | {_ways(r['ways'])} |"
+            for f, r in rows.items()
+        ]
     return ["| family | why |", "|---|---|", *(f"| {f} | {r['why']} |" for f, r in rows.items())]
 
 

@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 OLDEST = "3.10.0"
-HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+HERE = ".".join(map(str, sys.version_info[:2]))
+FIRST, EXACTLY = f"{HERE}.0", ".".join(map(str, sys.version_info[:3]))
 NOT_PINNED = {"assay", "pip", "setuptools", "wheel"}  # the project itself, and what came with the interpreter
 
 
@@ -25,8 +26,12 @@ def pins() -> Iterator[str]:
         name = canonicalize_name(package.name)
         if name in NOT_PINNED:
             continue
-        runs_on_oldest = SpecifierSet(package.metadata.get("Requires-Python", "")).contains(OLDEST)
-        marker = "" if runs_on_oldest else f'; python_version >= "{HERE}"'
+        needs = SpecifierSet(package.metadata.get("Requires-Python", ""))
+        marker = ""
+        if not needs.contains(FIRST):  # a later patch of this Python
+            marker = f'; python_full_version >= "{EXACTLY}"'
+        elif not needs.contains(OLDEST):
+            marker = f'; python_version >= "{HERE}"'
         yield f"{name}=={Version(package.version).public}{marker}"
 
 

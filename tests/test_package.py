@@ -101,7 +101,9 @@ def test_wheel_ships_everything_that_lies_in_the_package(tmp_path: Path) -> None
 
 
 def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    loop, _trainer = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
 
     def loss_fn(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:

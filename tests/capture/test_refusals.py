@@ -100,7 +100,7 @@ def test_a_wrong_sample_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Weights(model.named_parameters(), {model.weight: 0})
     monkeypatch.setitem(RULES, F.linear, swapped)
     check_capture(model, (torch.randn(ROWS, 5).double(),), {}, weights, ROWS)
-    assert "alone gives other gradients" in weights.uncovered[model.weight]
+    assert "its own use of it gives" in weights.uncovered[model.weight]
 
 
 class Mixing(nn.Module):
@@ -116,7 +116,9 @@ class Mixing(nn.Module):
 
 
 def test_a_model_that_mixes_its_samples_is_refused() -> None:
-    with pytest.raises(assay.CoverageError, match=r"first\.weight.*alone gives other.*exclude=.*check='off'"):
+    with pytest.raises(
+        assay.CoverageError, match=r"first\.weight.*do the samples mix.*other outputs.*exclude=.*check='off'"
+    ):
         step(Mixing().double())
 
 
@@ -163,3 +165,41 @@ def test_rows_of_nobody_with_a_gradient_are_refused() -> None:
     assert layout.per_sample_sum(torch.tensor([[1.0], [2.0], [0.0]])).tolist() == [1.0, 2.0]
     with pytest.raises(assay.CoverageError, match="belong to no sample"):
         layout.per_sample_sum(torch.ones(3, 1))
+
+
+def test_an_empty_tensor_breaks_nothing() -> None:
+    """A head whose rotary part has width zero."""
+    layout = Layout(0, ROWS).reshaped((ROWS, 5, 0), (ROWS, 1, 5, 0))
+    assert layout is not None
+    assert (layout.dim, layout.per_sample_sum(torch.ones(ROWS, 1, 5, 0)).tolist()) == (0, [0.0] * ROWS)
+
+
+class Caching(nn.Module):
+    """Keeps what it computed from its weight in evaluation mode, until it is told to train again (LeViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.bias, self.kept = nn.Linear(5, 3), nn.Parameter(torch.randn(3)), None
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.inner(x) + self.bias.exp()
+        self.kept = self.bias.exp() if self.kept is None else self.kept
+        return self.inner(x) + self.kept
+
+
+def test_a_model_that_keeps_tensors_in_evaluation_mode() -> None:
+    model, x = Caching().double(), torch.randn(ROWS, 5).double()
+    optim = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = assay.InRunShapley({"t": assay.Target([x], lambda m, b: m(b).square().mean())}, path="simpson")
+    with assay.Run(model, optim, methods=[method]) as run:
+        for _ in range(3):
+            with run.step(range(ROWS)):
+                model(x).square().mean().backward()
+            optim.step()
+            optim.zero_grad()
+    assert run.ledger.explained() == pytest.approx(1, abs=0.01)

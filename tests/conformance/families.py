@@ -98,6 +98,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "bit": {"num_groups": 4},
     "squeezebert": {"embedding_size": 32},
+    "xmod": {"default_language": "en_XX"},
 }
 
 

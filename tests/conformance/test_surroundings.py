@@ -86,14 +86,16 @@ def test_checkpointing(reentrant: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
-def test_a_compiled_model_runs_eagerly_in_a_step() -> None:
+def test_a_compiled_model_stays_compiled_in_a_step() -> None:
     import torch._dynamo.testing
 
     counts = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(Blocks(), backend=counts)
     found = plain_scores(compiled)
     torch.testing.assert_close(found, plain_scores(Blocks()), rtol=1e-4, atol=1e-8)
-    assert counts.frame_count <= 4  # the target's own passes, outside the step: with gradients and without
+    assert (
+        3 <= counts.frame_count <= 5
+    )  # the target's passes with gradients and without; the first step and the others
 
 
 def test_user_hooks_see_what_they_see_without() -> None:

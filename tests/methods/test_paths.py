@@ -124,7 +124,9 @@ def test_training_is_what_it_is_without(options: dict[str, object], optimizer: s
 def test_more_points_where_the_tolerance_is_missed() -> None:
     run, _, _ = train(OPTIMIZERS["sgd"], targets(), path="trapezoid", tolerance=1e-4, steps=8)
     table = run.ledger.table("quadrature")
-    assert table.columns == ["step", "points", "met"]
+    assert table.columns == ["step", "points", "met", "seconds"]
+    assert (table.filter(table["points"] > 2)["seconds"] > 0).all()
+    assert (table.filter(table["points"] == 2)["seconds"] == 0).all()
     assert table["step"].to_list() == list(range(8))
     assert table["met"].all()
     assert len(set(table["points"])) > 1

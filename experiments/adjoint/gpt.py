@@ -15,9 +15,9 @@ from experiments.adjoint.common import (
     dot_products,
     in_run_values,
     places,
-    run_as_command,
     spearman,
 )
+from experiments.command import run_as_command
 from experiments.paths.common import loss_fn
 from experiments.truth.tiny_gpt import (
     BATCH,
@@ -95,4 +95,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("adjoint_gpt", experiment)
+    run_as_command("adjoint_gpt", "adjoint.gpt", experiment)

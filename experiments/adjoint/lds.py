@@ -11,7 +11,8 @@ from torch import Tensor
 import assay
 from assay.evaluate import Removal, linear_datamodeling_score, occurrences
 from experiments.adjoint import gpt, mnist
-from experiments.adjoint.common import by_id, run_as_command
+from experiments.adjoint.common import by_id
+from experiments.command import run_as_command
 from experiments.embeddings import mnist as embeddings_mnist
 from experiments.truth import mnist as digits_truth
 from experiments.truth import tiny_gpt
@@ -90,4 +91,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("adjoint_lds", experiment)
+    run_as_command("adjoint_lds", "adjoint.lds", experiment)

@@ -13,9 +13,9 @@ from experiments.adjoint.common import (
     dot_products,
     in_run_values,
     places,
-    run_as_command,
     spearman,
 )
+from experiments.command import run_as_command
 from experiments.truth.mnist import (
     BATCH,
     EPOCHS,
@@ -89,4 +89,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("adjoint_mnist", experiment)
+    run_as_command("adjoint_mnist", "adjoint.mnist", experiment)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import assay
 from assay.embedding.recorded import Recorded
 from assay.evaluate import Removal, Training, leave_out
-from experiments.embeddings.common import run_as_command, spearman
+from experiments.command import run_parts_as_command
+from experiments.embeddings.common import spearman
 from experiments.paths.common import adamw, gpt, loss_fn, mixture, rows
 
 DOMAINS = ("novels", "python_code", "formal_math")
@@ -163,8 +164,9 @@ def stages() -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    run_as_command(
-        "gpt",
+    run_parts_as_command(
+        "embeddings_gpt",
+        "embeddings.gpt",
         {"values": late_target, "stages": stages, "fidelity": fidelity},
         {
             "model": "GPT of 2 layers, width 32, over bytes, context 32, about 30,000 parameters",

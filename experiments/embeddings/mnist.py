@@ -13,8 +13,9 @@ from torch.optim import SGD, AdamW, Optimizer
 import assay
 from assay.embedding import Embeddings
 from assay.evaluate import Removal, Training, leave_out
+from experiments.command import run_parts_as_command
 from experiments.embeddings import dense
-from experiments.embeddings.common import run_as_command, spearman
+from experiments.embeddings.common import spearman
 from experiments.truth.mnist import Digits, digits, loss_fn, network, terms
 
 RATES = {"SGD": (0.01, 0.05, 0.2), "AdamW": (1e-4, 5e-4, 2e-3)}
@@ -182,8 +183,9 @@ def runs() -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    run_as_command(
-        "mnist",
+    run_parts_as_command(
+        "embeddings_mnist",
+        "embeddings.mnist",
         {f"{name} {lr:g}": partial(compare, name, lr) for name, lr in runs()},
         {
             "model": "784-48-10 tanh network, 38,170 parameters",

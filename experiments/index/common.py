@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ import assay
 from assay.evaluate.intervals import mean_with_interval
 from assay.evaluate.subsets import SubsetTraining, SubsetTruth, draw_subsets, subset_truth, train_on_subsets
 
-RESULTS = Path(__file__).parents[1] / "results"
 DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
@@ -163,30 +160,3 @@ def difference(a: Tensor, b: Tensor) -> dict[str, float]:
     """The mean of `[Q]` differences with its interval."""
     found = mean_with_interval(a - b)
     return {"mean": found.mean, "low": found.low, "high": found.high}
-
-
-def run_as_command(name: str, experiment: Callable[[Path], dict[str, Any]]) -> None:
-    """Run an experiment and keep its result as JSON."""
-    parser = argparse.ArgumentParser(description=experiment.__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("experiments/cache"), help="folder of the retrainings"
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    started = time.perf_counter()
-    result = experiment(options.cache)
-    result["seconds"] = round(time.perf_counter() - started)
-    result["command"] = f"python -m experiments.index.{name}"
-    result["torch"] = torch.__version__.split("+")[0]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"index_{name}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Six digits."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from assay.demo.gpt import GPT, GPTConfig
 from assay.evaluate.subsets import SubsetTraining
-from experiments.index.common import Task, attribute, difference, run_as_command
+from experiments.command import run_as_command
+from experiments.index.common import Task, attribute, difference
 from experiments.index.peers import compare_peers
 from experiments.paths.common import CONTEXT, mixture, rows
 
@@ -78,4 +79,4 @@ def experiment(cache: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("gpt", experiment)
+    run_as_command("index_gpt", "index.gpt", experiment, cached=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assay.evaluate.subsets import SubsetTraining
-from experiments.index.common import Task, attribute, difference, run_as_command
+from experiments.command import run_as_command
+from experiments.index.common import Task, attribute, difference
 from experiments.index.peers import compare_peers
 
 DIGITS = Path(__file__).parents[3] / "shared" / "data" / "mnist10k.npz"
@@ -73,4 +74,4 @@ def experiment(cache: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("mnist", experiment)
+    run_as_command("index_mnist", "index.mnist", experiment, cached=True)

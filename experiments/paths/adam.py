@@ -12,6 +12,7 @@ import assay
 from assay.evaluate import sample_gradients
 from assay.optimizers import model_of
 from assay.targets import TargetPass
+from experiments.command import run_as_command
 from experiments.paths.common import (
     adamw,
     copied,
@@ -19,7 +20,6 @@ from experiments.paths.common import (
     loss_fn,
     mixture,
     pearson,
-    run_as_command,
     spearman,
     targets,
     values_of_step,
@@ -157,4 +157,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("adam", experiment)
+    run_as_command("adam", "paths.adam", experiment)

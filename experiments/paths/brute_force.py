@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import assay
 from assay.evaluate import StepUtility, shapley_values
-from experiments.paths.common import moves_of_step, run_as_command, values_of_step
+from experiments.command import run_as_command
+from experiments.paths.common import moves_of_step, values_of_step
 
 PATHS = ("left", "hessian", "trapezoid", "simpson")
 RATES = {"SGD": (0.05, 0.1, 0.2, 0.4), "AdamW": (0.002, 0.004, 0.008, 0.016)}
@@ -102,4 +103,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("brute_force", experiment)
+    run_as_command("brute_force", "paths.brute_force", experiment)

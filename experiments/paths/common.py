@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
@@ -22,33 +17,9 @@ from assay.demo.gpt import GPT, GPTConfig
 from assay.evaluate import sample_gradients
 from assay.optimizers import model_of
 
-RESULTS = Path(__file__).parents[1] / "results"
 CONTEXT = 32
 
 Moves = dict[nn.Parameter, Tensor]
-
-
-def run_as_command(name: str, experiment: Callable[[], dict[str, Any]]) -> None:
-    """Run an experiment and keep its result as JSON; `--out` chooses another folder."""
-    parser = argparse.ArgumentParser(description=experiment.__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    out: Path = parser.parse_args().out
-    torch.set_num_threads(1)
-    started = time.perf_counter()
-    result = experiment()
-    result["seconds"] = round(time.perf_counter() - started)
-    result["command"] = f"python -m experiments.paths.{name}"
-    result["torch"] = torch.__version__.split("+")[0]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def gpt(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:

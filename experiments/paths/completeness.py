@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import assay
-from experiments.paths.common import adamw, gpt, loss_fn, mixture, run_as_command, targets
+from experiments.command import run_as_command
+from experiments.paths.common import adamw, gpt, loss_fn, mixture, targets
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,4 +75,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("completeness", experiment)
+    run_as_command("completeness", "paths.completeness", experiment)

@@ -12,7 +12,7 @@ import polars as pl
 import assay
 from assay.demo import CORPUS, SETTINGS
 from assay.train import load_config, train
-from experiments.paths.common import run_as_command
+from experiments.command import run_as_command
 
 METHODS: dict[str, dict[str, Any]] = {
     "left": {"path": "left"},
@@ -84,4 +84,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("demo", experiment)
+    run_as_command("demo", "paths.demo", experiment)

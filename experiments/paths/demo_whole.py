@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from experiments.paths.common import run_as_command
+from experiments.command import run_as_command
 from experiments.paths.demo import METHODS, one
 
 SHOWN = ("left", "trapezoid", "simpson, tolerance 0.02")
@@ -38,4 +38,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("demo_whole", experiment)
+    run_as_command("demo_whole", "paths.demo_whole", experiment)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from assay.evaluate import StepUtility, shapley_values
+from experiments.command import run_as_command
 from experiments.paths.common import (
     adamw,
     gpt,
     loss_fn,
     mixture,
     moves_of_step,
-    run_as_command,
     targets,
     values_of_step,
 )
@@ -65,4 +65,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("duplicates", experiment)
+    run_as_command("duplicates", "paths.duplicates", experiment)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from assay.evaluate import StepUtility, monte_carlo_shapley
+from experiments.command import run_as_command
 from experiments.paths.common import (
     adamw,
     gpt,
@@ -16,7 +17,6 @@ from experiments.paths.common import (
     mixture,
     moves_of_step,
     rmse,
-    run_as_command,
     spearman,
     targets,
     values_of_step,
@@ -76,4 +76,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("fidelity", experiment)
+    run_as_command("fidelity", "paths.fidelity", experiment)

@@ -9,7 +9,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import assay
-from experiments.paths.common import adamw, gpt, loss_fn, mixture, run_as_command, spearman, targets
+from experiments.command import run_as_command
+from experiments.paths.common import adamw, gpt, loss_fn, mixture, spearman, targets
 
 DOMAINS = ("novels", "python_code", "formal_math")
 STEPS, SAMPLES, SEED, LR, CLIP = 80, 8, 0, 1e-3, 1.0
@@ -65,4 +66,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("momentum", experiment)
+    run_as_command("momentum", "paths.momentum", experiment)

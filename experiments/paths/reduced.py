@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import assay
-from experiments.paths.common import adamw, gpt, loss_fn, mixture, run_as_command, spearman, targets
+from experiments.command import run_as_command
+from experiments.paths.common import adamw, gpt, loss_fn, mixture, spearman, targets
 
 DOMAINS = ("novels", "python_code", "formal_math")
 STEPS, SAMPLES, SEED, CLIP = 40, 8, 0, 1.0
@@ -68,4 +69,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("reduced", experiment)
+    run_as_command("reduced", "paths.reduced", experiment)

@@ -10,7 +10,8 @@ from torch import Tensor
 from assay.evaluate import sample_gradients
 from assay.optimizers import model_of
 from assay.targets import TargetPass
-from experiments.paths.common import adamw, gpt, loss_fn, mixture, rmse, run_as_command, targets
+from experiments.command import run_as_command
+from experiments.paths.common import adamw, gpt, loss_fn, mixture, rmse, targets
 
 DOMAINS = ("novels", "python_code", "formal_math")
 SAMPLES, STEPS, SEED, LR = 8, 60, 0, 1e-3
@@ -66,4 +67,4 @@ def experiment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_as_command("second_moment", experiment)
+    run_as_command("second_moment", "paths.second_moment", experiment)

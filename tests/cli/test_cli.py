@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,22 @@ import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from typer.main import get_command
 
 import assay
-from assay.cli import main
+from assay.cli.app import app
 from assay.cli.progress import follow
 from assay.demo import CORPUS
 from assay.train import Progress
 
 CLI = [sys.executable, "-c", "from assay.cli import main; main()"]
-COMMANDS = [
-    [],
-    ["demo"],
-    ["train"],
-    ["report"],
-    ["rerun"],
-    ["select"],
-    ["credit"],
-    ["serve"],
-    ["bench"],
-    ["bench", "overhead"],
-]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command and give its status, its output and its errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return run
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of a command and of all below it."""
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*path, name))
 
 
 @pytest.fixture
@@ -66,8 +50,8 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_has_help_with_an_example(run: Any, command: list[str]) -> None:
+@pytest.mark.parametrize("command", list(commands(get_command(app))), ids=" ".join)
+def test_every_command_has_help_with_an_example(run: Any, command: tuple[str, ...]) -> None:
     status, out, err = run(*command, "--help")
     assert status == 0
     assert not err

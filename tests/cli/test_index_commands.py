@@ -33,17 +33,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", folder / "texts.parquet"
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return run
-
-
 def test_an_index_is_built_and_searched(run: Any, trained: tuple[Path, Path], tmp_path: Path) -> None:
     model, texts = trained
     status, out, err = run("index", model, texts, "--id", "id", "--out", tmp_path / "idx", "--rank", 4)

@@ -7,6 +7,7 @@ __all__ = [
     "AssayWarning",
     "CoverageError",
     "InputError",
+    "NewerFormatError",
     "StoreError",
     "UnsupportedOptimizerError",
 ]
@@ -30,6 +31,15 @@ class UnsupportedOptimizerError(AssayError):
 
 class StoreError(AssayError, OSError):
     """A run folder cannot be written or read."""
+
+
+class NewerFormatError(StoreError):
+    """A folder was written by a newer version of assay."""
+
+    def __init__(self, place: object, version: int, known: int) -> None:
+        super().__init__(
+            f"{place} has format version {version}, newer than this assay's {known}: upgrade assay"
+        )
 
 
 class AssayWarning(UserWarning):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from assay.errors import InputError
 from assay.index import Index
-from assay.index.header import load_sides
+from assay.index.header import stored_sides
 from assay.projection import Projection
 
 
@@ -62,7 +62,7 @@ def covariances(model: Plain) -> dict[str, tuple[Tensor, Tensor]]:
 def test_the_axes_are_the_leading_eigenvectors() -> None:
     model = plain()
     index = indexed(model, rank=3)
-    sides = load_sides(index._folder, index._header)
+    sides = stored_sides(index._folder, index._header)
     for name, (A, S) in covariances(model).items():
         own = sides[f"{name}.weight"]
         for matrix, covariance in ((own.right, A), (own.left, S)):
@@ -134,7 +134,7 @@ def test_rows_of_any_model_are_the_gradients_along_its_axes(name: str) -> None:
         dtype="fp64",
         reduction="sum",
     )
-    sides = load_sides(index._folder, index._header)
+    sides = stored_sides(index._folder, index._header)
     params = list(model.parameters())
     rows = []
     for i in range(5):

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from assay.doctor.diagnosis import Finding, Room
-from assay.errors import StoreError
+from assay.errors import NewerFormatError, StoreError
 from assay.index.curvature import forget_curvature, is_stored
-from assay.index.header import NAME, load_sides, read_header
+from assay.index.header import NAME, read_header, stored_sides
 from assay.rows import Folder
 
 __all__ = ["examine_index"]
@@ -25,10 +25,10 @@ def examine_index(root: Path) -> tuple[Room, list[Finding]]:
         header = read_header(folder)
         assert header is not None  # the file is why we are here
         if header.projection.kind == "pca":
-            load_sides(folder, header)
+            stored_sides(folder, header)
+    except NewerFormatError:
+        raise
     except StoreError as error:
-        if "newer than" in str(error):
-            raise
         return Room(root, "index", {}), [Finding(root / NAME, "damaged", str(error))]
     findings = []
     arrays = _curvature_arrays(folder)

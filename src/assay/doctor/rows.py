@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from assay.doctor.diagnosis import Finding, Room
-from assay.errors import StoreError
+from assay.errors import NewerFormatError, StoreError
 from assay.index.curvature import forget_curvature
 from assay.index.header import NAME as INDEX
 from assay.rows import Folder
@@ -27,9 +27,9 @@ def examine_rows(root: Path) -> tuple[Room, list[Finding]]:
     folder = Folder(root)
     try:
         manifest = read_manifest(folder)
+    except NewerFormatError:
+        raise
     except StoreError as error:
-        if "newer than" in str(error):
-            raise
         return Room(root, "rows", {}), [Finding(root / NAME, "damaged", str(error))]
     assert manifest is not None  # the file is why we are here
     findings = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import polars as pl
 
 from assay.doctor.diagnosis import Finding, Room, set_aside
-from assay.errors import StoreError
+from assay.errors import NewerFormatError, StoreError
 from assay.store.files import FrameFile, frame_file, frame_schema, scan_frames, verify_frame, write_error
-from assay.store.header import NAME, VERSION, Header, read_header
+from assay.store.header import NAME, Header, read_header
 from assay.store.ids import kind_of_dtype
 from assay.store.parts import PART
 from assay.store.schema import DETAILS, PARTED, TABLES, targets_of
@@ -53,9 +52,9 @@ def _header(root: Path, findings: list[Finding]) -> Header | None:
     path = root / NAME
     try:
         return read_header(root)
+    except NewerFormatError:
+        raise
     except StoreError as error:
-        if _is_newer(path):
-            raise
         again = _was_resumed(root)
         findings.append(
             Finding(
@@ -68,14 +67,6 @@ def _header(root: Path, findings: list[Finding]) -> Header | None:
             )
         )
         return None
-
-
-def _is_newer(path: Path) -> bool:
-    try:
-        version = json.loads(path.read_bytes())["version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return isinstance(version, int) and version > VERSION
 
 
 def _was_resumed(root: Path) -> bool:

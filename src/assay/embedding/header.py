@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -12,12 +11,11 @@ from torch.nn import Parameter
 from assay.capture import Weights
 from assay.capture.bottleneck import Sides
 from assay.errors import StoreError
-from assay.index.header import sides_crc
 from assay.projection import Layer, Projection, Projector, random_sides
 from assay.rows import Folder
-from assay.rows.format import to_numpy, to_torch
+from assay.rows.sides import load_sides, save_sides, sides_crc
 
-__all__ = ["Header", "draw_sides", "load_sides", "read_header", "write_header"]
+__all__ = ["Header", "draw_sides", "read_header", "write_header"]
 
 NAME = "header.json"
 FORMAT = "assay recorded gradients"
@@ -115,24 +113,8 @@ def _width(shape: tuple[int, ...], rank: int | None) -> int:
 def write_header(folder: Folder, header: Header, sides: Mapping[str, Sides]) -> None:
     """Write `header.json`, and the projections where they cannot be drawn again."""
     if header.stored:
-        for number, own in enumerate(sides.values()):
-            for side, matrix in (("left", own.left), ("right", own.right)):
-                if matrix is not None:
-                    folder.write_array(f"projection/{number:05d}-{side}", to_numpy(matrix))
-    folder.write_json(NAME, {"format": FORMAT, "version": VERSION, **asdict(header)})
-
-
-def load_sides(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sides]:
-    """Stored projection matrices, by name."""
-    there = {name.split("/")[1] for name in folder.names() if name.startswith("projection/")}
-    found = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        keys = [f"{number:05d}-{side}" for side in ("left", "right")]
-        left, right = (
-            to_torch(folder.read_array(f"projection/{key}")) if key in there else None for key in keys
-        )
-        found[name] = Sides(shape, left, right)
-    return found
+        save_sides(folder, sides)
+    folder.write_header(NAME, FORMAT, VERSION, asdict(header))
 
 
 def read_header(folder: Folder) -> Header | None:
@@ -141,31 +123,5 @@ def read_header(folder: Folder) -> Header | None:
     Raises:
         StoreError: it is damaged, or newer than this version of assay.
     """
-    found = folder.read_json(NAME)
-    if found is None:
-        return None
-    version = found.get("version")
-    if isinstance(version, int) and version > VERSION:
-        raise StoreError(
-            f"{folder.place} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
-        )
-    try:
-        return _parse(found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise folder.damaged(NAME, f"bad field: {error}") from error
-
-
-def _parse(found: dict[str, Any]) -> Header:
-    if found["format"] != FORMAT:
-        raise ValueError("format")
-    layers = tuple(Layer(**{**layer, "params": tuple(layer["params"])}) for layer in found["layers"])
-    return Header(
-        Projection(**found["projection"]),
-        dict(found["ranks"]),
-        {name: tuple(shape) for name, shape in found["shapes"].items()},
-        layers,
-        bool(found["preconditioned"]),
-        int(found["draws"]),
-        found["dtype"],
-        found["sides_crc"],
-    )
+    found = folder.read_header(NAME, FORMAT, VERSION)
+    return None if found is None else folder.parsed(NAME, Header, found)

@@ -25,7 +25,6 @@ from assay.embedding.draws import logits_of, output_gradients
 from assay.embedding.header import Header, write_header
 from assay.embedding.sides import balanced, choose_sides
 from assay.errors import AssayWarning, InputError, StoreError
-from assay.index.header import sides_crc
 from assay.methods.base import Context, Demand, MicroBatch
 from assay.methods.momentum import Weigher, preconditioner
 from assay.methods.step import Step, read_step
@@ -33,6 +32,7 @@ from assay.projection import Projector
 from assay.rows import RowWriter
 from assay.rows.background import Background
 from assay.rows.format import DTYPES
+from assay.rows.sides import sides_crc
 
 if TYPE_CHECKING:
     from assay.methods.embedding import DataValueEmbedding

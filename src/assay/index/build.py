@@ -21,10 +21,11 @@ from assay.capture.bottleneck import Sides, stream_factors
 from assay.curvature import Covariances
 from assay.errors import InputError, StoreError
 from assay.index.curvature import is_stored, store_curvature
-from assay.index.header import Header, fingerprint, load_sides, read_header, save_sides, sides_crc
+from assay.index.header import Header, fingerprint, read_header, stored_sides
 from assay.projection import LossFn, Projection, Projector, Reduction, random_sides
 from assay.rows import Background, Folder, RowDtype, RowReader, RowWriter, Share
 from assay.rows.format import read_manifest
+from assay.rows.sides import save_sides, sides_crc
 from assay.store.ids import IdKind, id_series, kind_of_dtype
 
 __all__ = ["Builder", "IdBatches", "sides_of"]
@@ -216,7 +217,7 @@ def sides_of(folder: Folder, header: Header, weights: Weights) -> dict[str, Side
         StoreError: they are damaged, or this version of torch draws other numbers.
     """
     if header.projection.kind == "pca":
-        return load_sides(folder, header)
+        return stored_sides(folder, header)
     by_name = {name: param for param, name in weights.names.items()}
     if set(by_name) != set(header.shapes):
         raise StoreError(

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from assay.capture import Weights
 from assay.capture.bottleneck import Sides
-from assay.errors import StoreError
 from assay.projection import Layer, Projection, Reduction
 from assay.rows import Folder
-from assay.rows.format import to_numpy, to_torch
+from assay.rows.sides import load_sides, sides_crc
 
-__all__ = ["Header", "fingerprint", "load_sides", "read_header", "save_sides"]
+__all__ = ["Header", "fingerprint", "read_header", "stored_sides"]
 
 NAME = "index.json"
 FORMAT = "assay index"
@@ -54,7 +51,7 @@ class Header:
 
     def write(self, folder: Folder) -> None:
         """Replace `index.json` as a whole."""
-        folder.write_json(NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        folder.write_header(NAME, FORMAT, VERSION, asdict(self))
 
 
 def read_header(folder: Folder) -> Header | None:
@@ -63,16 +60,9 @@ def read_header(folder: Folder) -> Header | None:
     Raises:
         StoreError: it is damaged, or newer than this version of assay.
     """
-    found = folder.read_json(NAME)
+    found = folder.read_header(NAME, FORMAT, VERSION)
     if found is None:
         return None
-    version = found.get("version")
-    if isinstance(version, int) and version > VERSION:
-        raise StoreError(
-            f"{folder.place} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
-        )
-    if found.get("format") != FORMAT:
-        raise folder.damaged(NAME, f"no format {FORMAT!r}")
     header = folder.parsed(NAME, Header, found)
     if (
         not header.layers
@@ -94,35 +84,13 @@ def fingerprint(weights: Weights) -> str:
     return f"{crc:08x}"
 
 
-def sides_crc(sides: Mapping[str, Sides]) -> str:
-    """A checksum of all projection matrices."""
-    crc = 0
-    for name, own in sides.items():
-        for matrix in (own.left, own.right):
-            data = b"-" if matrix is None else to_numpy(matrix).tobytes()
-            crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+def stored_sides(folder: Folder, header: Header) -> dict[str, Sides]:
+    """The projection matrices that an index keeps, by name.
 
-
-def save_sides(folder: Folder, sides: Mapping[str, Sides]) -> None:
-    """Store projection matrices that cannot be drawn again."""
-    for number, own in enumerate(sides.values()):
-        for side in ("left", "right"):
-            matrix: Tensor | None = getattr(own, side)
-            if matrix is not None:
-                folder.write_array(f"projection/{number:05d}-{side}", to_numpy(matrix))
-
-
-def load_sides(folder: Folder, header: Header) -> dict[str, Sides]:
-    """Stored projection matrices, by name."""
-    there = {name.split("/")[1] for name in folder.names() if name.startswith("projection/")}
-    found = {}
-    for number, (name, shape) in enumerate(header.shapes.items()):
-        left, right = (
-            to_torch(folder.read_array(f"projection/{key}")) if key in there else None
-            for key in (f"{number:05d}-left", f"{number:05d}-right")
-        )
-        found[name] = Sides(shape, left, right)
+    Raises:
+        StoreError: one is damaged or missing.
+    """
+    found = load_sides(folder, header.shapes)
     if sides_crc(found) != header.sides_crc:
         raise folder.damaged("projection", "a matrix is missing")
     return found

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import StoreError
+from assay.errors import NewerFormatError, StoreError
 from assay.store.files import one_line
 
 __all__ = ["Folder"]
@@ -116,6 +116,29 @@ class Folder:
         if crc != _checksum(fields):
             raise self.damaged(name, "its content does not match its checksum")
         return dict(fields)
+
+    def write_header(self, name: str, kind: str, version: int, fields: Mapping[str, Any]) -> None:
+        """Replace the JSON file that says what the folder holds."""
+        self.write_json(name, {"format": kind, "version": version, **fields})
+
+    def read_header(self, name: str, kind: str, version: int) -> dict[str, Any] | None:
+        """The fields of the JSON file that says what the folder holds; None if there is none.
+
+        Raises:
+            StoreError: it is damaged, or says that the folder holds another kind of thing.
+            NewerFormatError: it was written by a newer version of assay.
+        """
+        fields = self.read_json(name)
+        if fields is None:
+            return None
+        if fields.pop("format", None) != kind:
+            raise self.damaged(name, f"no format {kind!r}")
+        found = fields.pop("version", None)
+        if type(found) is not int or found < 1:
+            raise self.damaged(name, "no version")
+        if found > version:
+            raise NewerFormatError(self.place, found, version)
+        return fields
 
     def parsed(self, name: str, kind: type[T], fields: Mapping[str, Any]) -> T:
         """The fields of a JSON file as a dataclass, every one of its own type.

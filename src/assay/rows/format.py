@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from assay.errors import InputError, StoreError
+from assay.errors import InputError
 from assay.rows.folder import Folder
 
 __all__ = ["DTYPES", "Manifest", "RowDtype", "decode", "encode", "int8_scales", "read_manifest", "widen"]
@@ -60,7 +60,7 @@ class Manifest:
 
     def write(self, folder: Folder, name: str = NAME) -> None:
         """Commit."""
-        folder.write_json(name, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        folder.write_header(name, FORMAT, VERSION, asdict(self))
 
 
 def read_manifest(folder: Folder, name: str = NAME) -> Manifest | None:
@@ -69,16 +69,9 @@ def read_manifest(folder: Folder, name: str = NAME) -> Manifest | None:
     Raises:
         StoreError: the manifest is damaged or newer than this version of assay.
     """
-    found = folder.read_json(name)
+    found = folder.read_header(name, FORMAT, VERSION)
     if found is None:
         return None
-    if found.pop("format", None) != FORMAT:
-        raise folder.damaged(name, f"no format {FORMAT!r}")
-    version = found.pop("version", None)
-    if isinstance(version, int) and version > VERSION:
-        raise StoreError(
-            f"{folder.place} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
-        )
     manifest = folder.parsed(name, Manifest, found)
     if not _is_consistent(manifest):
         raise folder.damaged(name, "its numbers contradict one another")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from assay.errors import InputError, StoreError
+from assay.errors import InputError, NewerFormatError, StoreError
 from assay.store.files import damaged, write_atomic
 from assay.store.ids import IdKind
 
@@ -130,9 +130,7 @@ def read_header(folder: Path) -> Header:
         raise StoreError(f"{path} is not that of a run (no format {FORMAT!r}): name the out= of a run")
     version = fields.get("version")
     if isinstance(version, int) and version > VERSION:
-        raise StoreError(
-            f"{folder} has format version {version}, newer than this assay's {VERSION}: upgrade assay"
-        )
+        raise NewerFormatError(folder, version, VERSION)
     if fields.pop("crc32", None) != checksum(fields):
         raise damaged(path, "its content does not match its checksum")
     try:

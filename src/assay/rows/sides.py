@@ -1,0 +1,54 @@
+"""How projection matrices are stored beside the rows that they made."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from assay.capture.bottleneck import Sides
+from assay.rows.folder import Folder
+from assay.rows.format import to_numpy, to_torch
+
+__all__ = ["load_sides", "save_sides", "sides_crc"]
+
+
+def sides_crc(sides: Mapping[str, Sides]) -> str:
+    """A checksum of all projection matrices."""
+    crc = 0
+    for name, own in sides.items():
+        for matrix in (own.left, own.right):
+            data = b"-" if matrix is None else to_numpy(matrix).tobytes()
+            crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def save_sides(folder: Folder, sides: Mapping[str, Sides]) -> None:
+    """Store projection matrices that cannot be drawn again."""
+    for number, own in enumerate(sides.values()):
+        for side in ("left", "right"):
+            matrix: Tensor | None = getattr(own, side)
+            if matrix is not None:
+                folder.write_array(_file(number, side), to_numpy(matrix))
+
+
+def load_sides(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sides]:
+    """Stored projection matrices by parameter, of parameters with these shapes; the caller compares `sides_crc`.
+
+    Raises:
+        StoreError: a matrix is damaged.
+    """
+    there = {f"projection/{name.split('/')[1]}" for name in folder.names() if name.startswith("projection/")}
+    found = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        left, right = (
+            to_torch(folder.read_array(file)) if file in there else None
+            for file in (_file(number, "left"), _file(number, "right"))
+        )
+        found[name] = Sides(shape, left, right)
+    return found
+
+
+def _file(number: int, side: str) -> str:
+    return f"projection/{number:05d}-{side}"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from experiments.settings import FORMS, S, read_settings
+
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent / "cache"
 
@@ -67,6 +69,52 @@ def run_parts_as_command(
         result["parts"][part] = compute()
         result["seconds"] = round(result["seconds"] + time.process_time() - started)
         keep(file, result | _provenance(module))
+
+
+def run_seeds_as_command(
+    name: str,
+    module: str,
+    settings: tuple[type[S], Path],
+    one: Callable[[S, int, Path], dict[str, Any]],
+    summary: Callable[[S, list[dict[str, Any]]], dict[str, Any]],
+) -> None:
+    """Run an experiment seed by seed, and keep what each gave and what they give together as JSON.
+
+    Seeds that are there already, made with the same settings, are left alone; `--fresh` begins anew. `--quick` and
+    `--tiny` run the smaller forms, whose results do not go to the page.
+
+    Args:
+        name: of the JSON file.
+        module: that is run, such as "evidence.curation".
+        settings: their type and their YAML.
+        one: `one(settings, seed, cache)`, the result of a seed; `cache` is a folder for what others may use too.
+        summary: `summary(settings, results)`, the result of all.
+    """
+    parser = argparse.ArgumentParser(description=one.__doc__)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of what is trained")
+    parser.add_argument("--fresh", action="store_true", help="forget the seeds that are done")
+    forms = parser.add_mutually_exclusive_group()
+    for form in FORMS[1:]:
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = read_settings(*settings, options.form)
+    out = options.out or (RESULTS if options.form == "full" else options.cache / options.form)
+    file, about = out / f"{name}.json", rounded(chosen.model_dump(mode="json", exclude={"seeds"}))
+    result: dict[str, Any] = {"settings": about, "by_seed": {}, "seconds": 0.0}
+    if file.exists() and not options.fresh:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        result = found if found["settings"] == about else result
+    for seed in chosen.seeds:
+        if str(seed) in result["by_seed"]:
+            continue
+        started = time.process_time()
+        result["by_seed"][str(seed)] = rounded(one(chosen, seed, options.cache / options.form))
+        result["seconds"] = round(result["seconds"] + time.process_time() - started, 1)
+        keep(file, result | _provenance(module))
+    done = [result["by_seed"][str(seed)] for seed in chosen.seeds]
+    keep(file, result | {"seeds": chosen.seeds} | summary(chosen, done) | _provenance(module))
 
 
 def keep(file: Path, result: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
 
@@ -11,6 +10,7 @@ from torch.nn import Parameter
 from assay.capture import Coverage, Weights, constants_of
 from assay.distributed import OneProcess
 from assay.errors import InputError
+from assay.names import did_you_mean
 from assay.optimizers import OptimizerModel
 
 __all__ = ["watched"]
@@ -36,9 +36,10 @@ def watched(
     patterns = list(exclude)
     for pattern in patterns:
         if not fnmatch.filter(named, pattern):
-            near = difflib.get_close_matches(pattern, named, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"Run(exclude=[{pattern!r}]): the model has no such parameter{hint}")
+            guess = did_you_mean(pattern, named)
+            raise InputError(
+                f"Run(exclude=[{pattern!r}]): the model has no such parameter{'; ' if guess else ''}{guess}"
+            )
     left_out: dict[str, tuple[int, str]] = {}
     found: list[tuple[str, Parameter]] = []
     for name, param in named.items():

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 
 from assay.errors import InputError, StoreError
+from assay.names import listed, unknown
 from assay.store.files import local_path, one_line
-from assay.store.header import Header
 from assay.store.schema import rest_column, tokens_column, value_column
 from assay.store.shards import open_folders
-from assay.store.tensors import TensorFiles
+from assay.store.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,47 +26,8 @@ if TYPE_CHECKING:
 
     from assay.embedding import Embeddings
     from assay.replay import AdjointOptions, Batches, Loss, Queries, Smoothness
-    from assay.rows import Folder
     from assay.targets import Target
     from assay.workers import Workers
-
-
-class Source(Protocol):
-    """All that a run has recorded, as lazy frames: the one form in which the ledger sees disk and memory."""
-
-    @property
-    def header(self) -> Header:
-        """Targets and info."""
-
-    @property
-    def path(self) -> Path | None:
-        """The run folder; None in memory."""
-
-    def values(self) -> pl.LazyFrame:
-        """Columns of `schema.values_schema`."""
-
-    def account(self) -> pl.LazyFrame:
-        """Columns of `schema.ACCOUNT`."""
-
-    def metadata(self) -> pl.LazyFrame:
-        """A column `id` and the user's, one row per id."""
-
-    def rows(self, table: str) -> pl.LazyFrame | None:
-        """Rows of one of `schema.DETAILS`; None if the run has none."""
-
-    def side(self) -> dict[str, pl.LazyFrame]:
-        """Side tables by name."""
-
-    @property
-    def gradients(self) -> Folder:
-        """Where gradients of the run's samples are recorded."""
-
-    @property
-    def snapshots(self) -> TensorFiles:
-        """Where snapshots of the run are."""
-
-    def verify(self) -> None:
-        """StoreError that names a damaged file, if there is one."""
 
 
 def open_ledger(path: str | Path) -> Ledger:
@@ -289,7 +249,7 @@ class Ledger:
             types = metadata.collect_schema()
         known = [name for name in types if name != "id"]
         if column not in known:
-            raise _unknown("metadata column", column, known, "add_metadata gives samples their columns")
+            raise unknown("metadata column", column, known, "add_metadata gives samples their columns")
         if types[column].is_nested():
             raise InputError(f"metadata column {column!r} has type {types[column]}: group by a plain column")
         if column in ("value", "samples", "negative", "mean"):
@@ -314,7 +274,7 @@ class Ledger:
         """A side table, such as the loss curve, as it was last given."""
         side = self._source.side()
         if name not in side:
-            raise _unknown("table", name, side, "add_table makes one")
+            raise unknown("table", name, side, "add_table makes one")
         return self._collect(side[name])
 
     def value_for(
@@ -536,9 +496,9 @@ class Ledger:
         if target is None and len(known) == 1:
             return known[0]
         if target is None:
-            raise InputError(f"this run has {len(known)} targets ({_listed(known)}): name one")
+            raise InputError(f"this run has {len(known)} targets ({listed(known)}): name one")
         if target not in known:
-            raise _unknown("target", target, known, "it was recorded with none")
+            raise unknown("target", target, known, "it was recorded with none")
         return target
 
     def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
@@ -555,17 +515,3 @@ class Ledger:
             raise StoreError(
                 f"the run cannot be read ({one_line(error)}): check its disk, then open it again"
             ) from error
-
-
-def _unknown(what: str, name: object, known: Iterable[str], hint: str) -> InputError:
-    """One line for a name that is not there: the nearest one, and all."""
-    known = list(known)
-    if not known:
-        return InputError(f"no {what} {name!r}: this run has none; {hint}")
-    near = difflib.get_close_matches(str(name), known, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"no {what} {name!r}: {guess}known are {_listed(known)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)

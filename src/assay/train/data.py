@@ -6,13 +6,13 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from assay.errors import AssayWarning, InputError
+from assay.names import did_you_mean
 from assay.train.config import Data, Targets
 from assay.train.optional import require
 
@@ -263,8 +263,8 @@ def _need(frame: pl.DataFrame, column: str, where: str) -> None:
 
 
 def _nearest(name: str, valid: pl.Series) -> str:
-    near = get_close_matches(name, valid.drop_nulls().unique().to_list(), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    guess = did_you_mean(name, valid.drop_nulls().unique().to_list())
+    return f"; {guess}" if guess else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -57,8 +57,8 @@ def live(kind: str, folder: Path, seconds: float | None) -> bool:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
-        said = Path(f"{folder}.err").read_text().strip().splitlines() or ["nothing"]
-        raise AssertionError(f"{kind} in {folder} failed instead of going on: {said[-1]}")
+        said = Path(f"{folder}.err").read_text().strip() or "nothing"
+        raise AssertionError(f"{kind} in {folder} failed instead of going on: {said}")
     return not os.WIFSIGNALED(status)
 
 
@@ -70,16 +70,20 @@ def apart(kind: str, folder: Path, what: str) -> Any:
         try:
             found = look(kind, folder) if what == "look" else repr(answers(kind, folder))
             with os.fdopen(writing, "w") as pipe:
-                json.dump(found, pipe)
-            os._exit(0)
+                json.dump({"found": found}, pipe)
+        except BaseException:
+            with os.fdopen(writing, "w") as pipe:
+                json.dump({"error": traceback.format_exc()}, pipe)
         finally:
-            os._exit(1)
+            os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    if os.waitpid(child, 0)[1]:
-        raise AssertionError(f"{kind} in {folder} cannot be read after a kill")
-    return json.loads(text)
+        text = pipe.read() or '{"error": "the process died without a word"}'
+    os.waitpid(child, 0)
+    said = json.loads(text)
+    if "error" in said:
+        raise AssertionError(f"{kind} in {folder} cannot be read after a kill: {said['error']}")
+    return said["found"]
 
 
 def look(kind: str, folder: Path) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,70 @@ def test_of_two_writers_that_start_at_once_one_is_refused(
     with pytest.raises(StoreError, match="already holds a run"):
         RunWriter(tmp_path / "run", ["second"])
     assert open_ledger(tmp_path / "run").targets == ["first"]
+
+
+WRITES = """
+import sys
+from assay.store import RunWriter
+writer = RunWriter(sys.argv[1], ["t"], resume=None if sys.argv[2] == "new" else 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("begins", ["new", "resumed"])
+def test_a_second_process_is_refused_until_the_first_has_ended(begins: str, tmp_path: Path) -> None:
+    if begins == "resumed":
+        RunWriter(tmp_path / "run", ["t"]).close()
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "run"), begins]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(StoreError, match=r"another process writes into .*run: end it first"):
+            RunWriter(tmp_path / "run", ["t"], resume=0)
+        open_ledger(tmp_path / "run")  # reading is free
+        other.kill()
+    writer = RunWriter(tmp_path / "run", ["t"], resume=0)
+    fill(writer, range(2))
+    writer.close()
+    check(open_ledger(tmp_path / "run"), 2)
+
+
+def test_a_child_does_not_keep_the_folder_of_a_process_that_was_killed(tmp_path: Path) -> None:
+    """Workers that load data are forked, and may outlive the training process."""
+    code = WRITES.replace(
+        'print("ready"', "import os, time\nchild = os.fork()\nif not child: time.sleep(100)\nprint(child"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), "new"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        child = int(other.stdout.readline())
+        other.kill()
+        try:
+            other.wait()
+            RunWriter(tmp_path / "run", ["t"], resume=0).close()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("folders", [["values"], ["values", "account", "metadata", "tables"]])
+def test_a_writer_that_died_while_it_began_is_in_nobodys_way(folders: list[str], tmp_path: Path) -> None:
+    for name in folders:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "run.json.tmp").write_text("{")
+    writer = RunWriter(tmp_path / "run", ["t"], resume=0)
+    fill(writer, range(2))
+    writer.close()
+    check(open_ledger(tmp_path / "run"), 2)
+
+
+def test_a_folder_with_rows_and_no_header_is_left_alone(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", ["t"])
+    fill(writer, range(2))
+    writer.close()
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(StoreError, match="already holds a run"):
+        RunWriter(tmp_path / "run", ["t"], resume=0)
 
 
 @pytest.mark.parametrize("address", ["", "s3://bucket/run", "gs://x"])

@@ -24,6 +24,8 @@ def test_a_run_killed_at_any_point_of_any_write_keeps_what_was_flushed(tmp_path:
         if not (folder / "run" / "run.json").exists():
             without_run += 1
             assert not marks
+            RunWriter(folder / "run", ["t"]).close()  # it begins where the killed one had not
+            assert len(open_ledger(folder / "run").steps()) == 0
             continue
         ledger = open_ledger(
             folder / "run"

@@ -19,6 +19,7 @@ from assay.store.cuts import end_of, stack_below
 from assay.store.files import frame_file, verify_frame, write_error, write_frame
 from assay.store.folder import RunFolder, gradients_folder
 from assay.store.header import NAME, Header
+from assay.store.lock import WriteLock
 from assay.store.parts import Entry, PartTable, merge
 from assay.store.schema import (
     ACCOUNT,
@@ -52,17 +53,19 @@ class Recording:
         before: What the folder holds, if a run goes on there.
 
     Raises:
-        StoreError: `out` is a file, holds a run already, or cannot be written.
+        StoreError: `out` is a file, holds a run already, cannot be written, or another process writes there.
     """
 
     def __init__(self, out: Path | None, header: Header, before: RunFolder | None = None) -> None:
         self.header = self._written_header = header
         self.path = out
         self._before = {} if before is None else before.parts
+        self._lock: WriteLock | None = None
         if before is not None:
+            self._lock = WriteLock(before.path)
             header.write(before.path)
         elif out is not None:
-            _create(out, header)
+            self._lock = _create(out, header)
         self._values = self._table("values", self._build_values)
         self._account = self._table("account", _build_account)
         self._metadata = self._table("metadata", self._build_metadata)
@@ -143,6 +146,11 @@ class Recording:
         if self.path is not None and header != self._written_header:
             header.write(self.path)
         self._written_header = header
+
+    def release(self) -> None:
+        """Nothing more is written: another process may go on here."""
+        if self._lock is not None:
+            self._lock.release()
 
     def values(self) -> pl.LazyFrame:
         """Rows of values."""
@@ -229,27 +237,40 @@ def _build_account(rows: list[AccountEntry]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=ACCOUNT, orient="row")
 
 
-def _create(out: Path, header: Header) -> None:
+def _create(out: Path, header: Header) -> WriteLock:
     """Make the folder of a new run; StoreError, and nothing left behind, if that cannot be."""
     if os.path.exists(out) and not os.path.isdir(out):  # pathlib's own raise where a folder cannot be read
         raise StoreError(f"out={str(out)!r} is a file: name a folder")
-    for name in (NAME, *PARTED, *DETAILS, TABLES, SHARDS):
-        if os.path.exists(out / name):
-            raise _occupied(out)
     made: list[Path] = []
+    lock: WriteLock | None = None
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = WriteLock(out)
+        _check_free(out, lock)
         for name in (*PARTED, TABLES):
             (out / name).mkdir()  # of two writers that start at once, one fails here
             made.append(out / name)
         header.write(out)
-    except OSError as error:
+    except OSError as error:  # a StoreError is one, too
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
+        if lock is not None:
+            lock.release()
         if isinstance(error, FileExistsError):
             raise _occupied(out) from error
         raise error if isinstance(error, StoreError) else write_error(out, error) from error
+    return lock
+
+
+def _check_free(out: Path, lock: WriteLock) -> None:
+    """StoreError if the folder holds a run; what one left that was killed before it had begun is removed."""
+    there = [name for name in (NAME, *PARTED, *DETAILS, TABLES, SHARDS) if os.path.exists(out / name)]
+    begun = lock.sure and NAME not in there and all(name in (*PARTED, TABLES) for name in there)
+    if there and not (begun and not any(any((out / name).iterdir()) for name in there)):
+        raise _occupied(out)
+    for name in there:
+        (out / name).rmdir()
 
 
 def _occupied(out: Path) -> StoreError:

@@ -272,6 +272,7 @@ class RunWriter:
         self.flush()
         self._recording.header = replace(self._header, parts=self._recording.parts)
         self._write(self._recording.flush_header)
+        self._recording.release()
         self._closed = True
 
     @property

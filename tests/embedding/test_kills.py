@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import assay
-from assay.rows import RowWriter
+from assay.doctor import examine
+from assay.rows import Folder, RowWriter
 from assay.rows.background import Background
 from tests.embedding.runs import STEPS, order, record, recorded
 
@@ -77,6 +79,43 @@ def test_what_a_disk_refuses_is_offered_again(monkeypatch: pytest.MonkeyPatch, t
     a, b = recorded(plain), recorded(run)
     assert len(b.steps) == STEPS
     torch.testing.assert_close(b.read(0, b.length), a.read(0, a.length))
+
+
+def test_a_build_that_is_broken_off_anywhere_stays_whole_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where it removes what the one before it had left, half of it."""
+    _, run = record("sgd", out=tmp_path / "run", shard=5)
+    run.close()
+    ledger, calls = assay.open(tmp_path / "run"), [0]
+    original = Folder.write, Folder.delete
+
+    def dying(act: Any) -> Any:
+        def acts(self: Folder, *args: Any) -> None:
+            calls[0] -= 1
+            if not calls[0]:
+                raise KeyboardInterrupt
+            act(self, *args)
+
+        return acts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", dying(original[0]))
+        patch.setattr(Folder, "delete", dying(original[1]))
+        for lived in range(1, 40):
+            calls[0] = lived % 13 + 1
+            with suppress(KeyboardInterrupt):
+                ledger.embeddings(segments=3)
+                break
+            assert examine(tmp_path / "run").whole
+            for done in (tmp_path / "run").rglob("done.json"):
+                if lived % 3 == 0:
+                    done.unlink()  # so that what is there is removed and made again
+    assert lived > 5
+    _, whole = record("sgd", shard=5)
+    whole.close()
+    expected = whole.ledger.embeddings(segments=3).export()
+    assert torch.equal(ledger.embeddings(segments=3).export(), expected)
 
 
 def test_the_queue_to_the_disk_is_bounded() -> None:

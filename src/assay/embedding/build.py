@@ -4,6 +4,7 @@ What is in memory at a time: one operator per block of coordinates and one piece
 
     segment-00000/rows        local embeddings, the segment's last row first
     segment-00000/operator-…  derivatives of the state at the segment's end by that at its beginning, one per block
+    segment-00000/done.json   of which plan; written when the segment is whole, so that a killed build goes on after it
     built.json                which rows belong to which segment; written last
 """
 
@@ -159,6 +160,11 @@ def _apart(place: str, plan: Plan, number: int) -> None:
 def _segment(recorded: Recorded, folder: Folder, plan: Plan, number: int) -> None:
     """Algorithm 1 within a segment, from the identity at its end."""
     segment, inner = plan.segments[number], folder.below(f"segment-{number:05d}")
+    done = asdict(segment)
+    if inner.read_json("done.json") == done:
+        return
+    for name in ("done.json", "rows/manifest.json"):  # first what says that there is something
+        inner.delete(name)
     for name in inner.names():  # what an earlier build with other rows, or a killed one, has left
         inner.delete(name)
     whole = plan.looked_at(number) == 2
@@ -176,6 +182,7 @@ def _segment(recorded: Recorded, folder: Folder, plan: Plan, number: int) -> Non
     writer.close()
     for n, operator in enumerate(operators):
         inner.write_array(f"operator-{n:05d}", operator.whole.numpy())
+    inner.write_json("done.json", done)
 
 
 def _window(recorded: Recorded, plan: Plan, operators: Sequence[Operator], first: int, last: int) -> Tensor:

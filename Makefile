@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint format types docs bench constraints clean
+.PHONY: help demo test lint format types docs bench trial constraints clean
 .DELETE_ON_ERROR:
 
 help: ## say what each target does
@@ -35,6 +35,17 @@ docs: $(VENV)/.installed-dev ## build the documentation into site/
 
 bench: $(VENV)/.installed-dev ## measure what assay adds to a training step on this machine
 	$(BIN)/assay bench overhead $(ARGS)
+
+LOOPS := loop trainer sft lightning_module accelerate_loop
+
+trial: $(VENV)/.installed-dev ## install the built wheel into an empty environment, and run every loop's example there
+	rm -rf build/trial && $(PYTHON) -m venv build/trial/venv
+	$(BIN)/python -m hatchling build --target wheel --directory build/trial
+	build/trial/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"$$(ls $(CURDIR)/build/trial/*.whl)[train,trainer,lightning]" trl
+	cd build/trial && for loop in $(LOOPS); do \
+		echo "--- $$loop" && venv/bin/python $(CURDIR)/examples/$$loop.py || exit 1; done
+	cd build/trial && venv/bin/assay --version && venv/bin/assay demo --quick --out runs/demo
 
 constraints: ## pin the newest versions that pyproject.toml allows, with torch as it is pinned now
 	rm -rf build/pin && $(PYTHON) -m venv build/pin

@@ -34,6 +34,7 @@ __all__ = [
     "draw_subsets",
     "evaluate",
     "pick",
+    "retrained_losses",
     "subset_truth",
     "train_on_subsets",
 ]
@@ -206,6 +207,29 @@ def subset_truth(
     progress: Callable[[int, int], None] | None = None,
     workers: Workers | None = None,
 ) -> SubsetTruth:
+    """Retrain on every subset with every seed, and average the losses over the seeds; see `retrained_losses`."""
+    found = retrained_losses(
+        make_model, losses, data, queries, training,
+        kept=kept, seeds=seeds, cache=cache, at_once=at_once, progress=progress, workers=workers,
+    )  # fmt: skip
+    return SubsetTruth(kept, found.mean(0))
+
+
+def retrained_losses(
+    make_model: Callable[[], Module],
+    losses: Losses,
+    data: Any,
+    queries: Any,
+    training: SubsetTraining,
+    *,
+    kept: Tensor,
+    seeds: Sequence[int] = (0,),
+    measure: Losses | None = None,
+    cache: str | Path | None = None,
+    at_once: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
+) -> Tensor:
     """Retrain on every subset with every seed; what a cache already holds is not done again.
 
     Args:
@@ -215,38 +239,42 @@ def subset_truth(
         queries: the same of the queries.
         training: the settings.
         kept: `[S, N]` bool.
-        seeds: of the retrainings; the losses are averaged over them.
+        seeds: of the retrainings.
+        measure: `measure(model, rows)` returns `[B, …]`, what is asked of the retrained models; the losses if left out.
         cache: a folder that keeps each block of models; a killed call goes on there. None keeps nothing.
         at_once: models that are trained together.
         progress: called with the number of models done and of all.
         workers: who retrain, a block at a time; this process alone if left out.
+
+    Returns:
+        `[seeds, S, Q, …]`, float64.
 
     Raises:
         StoreError: the cache belongs to other data or settings, or cannot be written.
     """
     folder = None if cache is None else Folder(cache)
     if folder is not None:
-        _claim(folder, _settings(make_model, data, queries, kept, training, at_once))
+        _claim(folder, _settings(make_model, data, queries, kept, training, at_once, measure))
     blocks = [(seed, start) for seed in seeds for start in range(0, len(kept), at_once)]
     done = {block: None if folder is None else _read(folder, _file(*block)) for block in blocks}
     tasks = (
-        (make_model, losses, data, queries, kept[start : start + at_once], training, seed)
+        (make_model, losses, data, queries, kept[start : start + at_once], training, seed, measure)
         for (seed, start), found in done.items()
         if found is None
     )
     fresh = (workers or Local(1)).run(_retrained, tasks)
-    total = torch.zeros(len(kept), _length(queries), dtype=torch.float64)
+    parts: dict[int, list[Tensor]] = {seed: [] for seed in seeds}
     trained = 0
     for (seed, start), found in done.items():
         if found is None:
             found = next(fresh)
             if folder is not None:
                 folder.write_json(_file(seed, start), {"losses": found.tolist()})
-        total[start : start + at_once] += found / len(seeds)
+        parts[seed].append(found)
         trained += len(found)
         if progress is not None:
             progress(trained, len(seeds) * len(kept))
-    return SubsetTruth(kept, total)
+    return torch.stack([torch.cat(part) for part in parts.values()])
 
 
 def _retrained(
@@ -257,10 +285,11 @@ def _retrained(
     kept: Tensor,
     training: SubsetTraining,
     seed: int,
+    measure: Losses | None,
 ) -> Tensor:
-    """`[S, Q]`: a block of subsets, trained on and asked."""
+    """`[S, Q, …]`: a block of subsets, trained on and asked."""
     weights = train_on_subsets(make_model, losses, data, kept, training, seed)
-    return evaluate(make_model(), weights, losses, queries).double()
+    return evaluate(make_model(), weights, measure or losses, queries).double()
 
 
 def _file(seed: int, start: int) -> str:
@@ -310,6 +339,7 @@ def _settings(
     kept: Tensor,
     training: SubsetTraining,
     at_once: int,
+    measure: Losses | None,
 ) -> dict[str, Any]:
     crc = 0
     for x in tree_leaves((data, queries, kept)):
@@ -324,7 +354,7 @@ def _settings(
         "decay": training.decay,
         "at_once": at_once,
         "crc": f"{crc:08x}",
-    }
+    } | ({} if measure is None else {"measure": getattr(measure, "__qualname__", type(measure).__name__)})
 
 
 def _claim(folder: Folder, settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.adjoint import page as adjoint
 from experiments.embeddings import page as embeddings
+from experiments.evidence import page as evidence
 from experiments.index import page as index
 from experiments.paths import page as paths
 from experiments.tables import Result
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 DOCS = ROOT / "docs"
 PAGE = DOCS / "results.md"
-TOPICS = (paths, embeddings, index, adjoint)
+TOPICS = (evidence, paths, embeddings, index, adjoint)
 
 HEAD = """# Results
 

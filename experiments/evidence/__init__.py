@@ -1,0 +1,1 @@
+"""Whether values are of any use: curation, composition, retrieval and cost, beside the papers' figures."""

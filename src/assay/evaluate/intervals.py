@@ -62,7 +62,7 @@ def mean_with_interval(
 
 
 def over_seeds(values: Sequence[float] | Tensor, *, level: float = 0.95) -> Score:
-    """The mean of a few independent repetitions and its interval by Student's t, which a bootstrap would make too narrow.
+    """The mean of a few repetitions and its interval by Student's t; a bootstrap of so few is too narrow.
 
     Args:
         values: one per seed.

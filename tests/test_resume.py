@@ -17,6 +17,7 @@ from methods.slow import batch, loss_fn, net
 from torch.optim import SGD, AdamW
 
 import assay
+from assay.embedding.session import EmbeddingSession
 from assay.errors import AssayWarning, InputError, StoreError
 
 STEPS = 9
@@ -37,6 +38,9 @@ def train(
     told: bool = True,
     skip: int | None = None,
     flush_at: tuple[int, ...] = (),
+    recording: assay.DataValueEmbedding | None = None,
+    valued: bool = True,
+    snapshots: Any = None,
     **method: Any,
 ) -> assay.Run:
     """Train from the last checkpoint beside `out` to step `until`, checkpoints being saved `every` few steps."""
@@ -55,9 +59,13 @@ def train(
         model,
         opt,
         out=out,
-        methods=[assay.InRunShapley(target, **options)],
+        methods=[
+            *([assay.InRunShapley(target, **options)] if valued else []),
+            *([recording] if recording else []),
+        ],
         resume=(state or True) if resume is None else resume,
         check="off",
+        snapshots=snapshots,
     )
     for step in range(start, until):
         for micro in range(2):
@@ -82,6 +90,9 @@ def train(
             run.writer.flush()
     if close:
         run.close()
+    for session in run._sessions:  # what is on its way to the disk arrives, and nothing after it
+        if isinstance(session, EmbeddingSession):
+            session._background.wait()
     return run
 
 
@@ -190,10 +201,93 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     shapley, embedding = assay.InRunShapley(target), assay.DataValueEmbedding(assay.Projection(rank=2))
     with pytest.raises(InputError, match="SGD does not count its steps"):
         assay.Run(model, sgd, out=out, methods=[shapley], resume=True)
-    with pytest.raises(InputError, match="DataValueEmbedding does not go on"):
-        assay.Run(model, adamw, out=out, methods=[embedding], resume=True)
+    with pytest.raises(InputError, match=r"recorded with methods .*data value embedding"):
+        assay.Run(model, adamw, out=out, methods=[shapley, embedding], resume=True)
     with pytest.raises(InputError, match="a run in memory ends with its process"):
         assay.Run(model, adamw, methods=[shapley], resume=True)
+
+
+def recording(curvature: str = "fisher", **options: Any) -> assay.DataValueEmbedding:
+    given = {"projection": assay.Projection(rank=2, seed=3), "shard": 5, "draws": 2, **options}
+    return assay.DataValueEmbedding(curvature=curvature, **given)
+
+
+def files(out: Path) -> dict[str, Any]:
+    """What was recorded beside the tables: gradients and projections byte for byte, snapshots tensor for tensor."""
+    found: dict[str, Any] = {}
+    for path in sorted((out / "embeddings").rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(out))] = path.read_bytes()
+    for path in sorted((out / "snapshots").glob("*.pt")):
+        leaves, tree = torch.utils._pytree.tree_flatten(torch.load(path))
+        found[path.name[:-12]] = (
+            [x.numpy().tobytes() if isinstance(x, torch.Tensor) else x for x in leaves],
+            str(tree),
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "curvature", "snapshots", "breaks"),
+    [
+        ("adamw", "fisher", "auto", (5, 8)),
+        ("adamw", "ggn", 2, (1, 4)),
+        ("sgd", "ggn", "auto", (3,)),
+        ("sgd", "fisher", "60 kB", (7,)),
+    ],
+)
+@pytest.mark.parametrize("close", [False, True], ids=["killed", "closed"])
+def test_recorded_gradients_and_snapshots_go_on(
+    optimizer: str, curvature: str, snapshots: Any, breaks: tuple[int, ...], close: bool, tmp_path: Path
+) -> None:
+    """Broken off between checkpoints and at them: rows, projections and snapshots are those of an unbroken run."""
+    options: Any = {"optimizer": optimizer, "snapshots": snapshots, "valued": close}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(whole, **options, recording=recording(curvature))
+    for step in breaks:
+        train(broken, **options, recording=recording(curvature), until=step, close=close)
+        if close:
+            assay.open(broken).embeddings(segments=1)  # of a past that is partly overruled
+    train(broken, **options, recording=recording(curvature))
+    assert files(broken) == files(whole)
+    a, b = assay.open(broken), assay.open(whole)
+    assert torch.equal(a.embeddings(segments=2).export(), b.embeddings(segments=2).export())
+    assert a.account().equals(b.account())
+    if close:
+        assert a.steps().equals(b.steps())
+
+
+def test_recorded_gradients_without_a_told_step(tmp_path: Path) -> None:
+    """The optimizer's count finds the step; what was not yet committed is lost, and that is said."""
+    options: Any = {"recording": recording(), "valued": False, "told": False}
+    train(tmp_path / "whole", **options)
+    train(tmp_path / "run", **options, until=5)
+    train(tmp_path / "run", **options)
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    late = {**options, "recording": recording(shard=25)}
+    train(tmp_path / "late", **late, until=8, close=False)
+    with pytest.warns(AssayWarning, match=r"goes on at step 6, but the last step .* holds is 3"):
+        train(tmp_path / "late", **late)
+    steps = assay.open(tmp_path / "late").embeddings(segments=1).rows["step"].unique().to_list()
+    assert sorted(steps) == [0, 1, 2, 3, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"projection": assay.Projection(rank=2, seed=4)}, r"projection .*seed=3.* and not .*seed=4"),
+        ({"dtype": "fp32"}, "dtype.*bf16.*fp32"),
+        ({"draws": 1, "curvature": "ggn"}, "draws"),
+    ],
+)
+def test_gradients_of_other_settings_are_not_gone_on_with(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    train(tmp_path / "run", recording=recording("ggn"), until=4)
+    before = files(tmp_path / "run")
+    with pytest.raises(InputError, match=says):
+        train(tmp_path / "run", recording=recording(**{"curvature": "ggn", **change}))
+    assert files(tmp_path / "run") == before
 
 
 def test_a_process_that_is_terminated_writes_what_it_has(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from assay.distributed import OneProcess
 from assay.errors import AssayWarning, InputError
 from assay.optimizers import OptimizerModel
 from assay.optimizers.scalars import number
 from assay.store.files import local_path
+from assay.store.folder import gradients_folder
 from assay.store.resume import account_of, overrule_others
 
 __all__ = ["Resume", "first_step"]
@@ -47,17 +50,16 @@ def first_step(
 
 def _found(resume: Resume, out: str | Path, optimizer: OptimizerModel) -> int | None:
     account = account_of(local_path(out))
+    booked, last = ([], -1) if account is None else _booked(account, local_path(out))
     given = resume.get("step") if isinstance(resume, Mapping) else resume
     if isinstance(given, bool):
         if account is None:
             return None
-        booked: list[int] = account.filter(~account["skipped"])["step"].to_list()
         given = _step_after(_taken(optimizer, sure=not booked), booked)
     if type(given) is not int or given < 0:
         raise InputError(
             f"Run(resume={resume!r}) names no step; give True, a step, or what run.state_dict() gave."
         )
-    last = -1 if account is None or not len(account) else int(account["step"][-1])
     if given > last + 1:
         warnings.warn(
             f"Run(resume=...): training goes on at step {given}, but the last step that {out} holds is "
@@ -67,6 +69,24 @@ def _found(resume: Resume, out: str | Path, optimizer: OptimizerModel) -> int | 
             stacklevel=4,
         )
     return given
+
+
+def _booked(account: pl.DataFrame, out: Path) -> tuple[list[int], int]:
+    """The steps that moved the weights, and the last one of which everything is there (-1 for none).
+
+    A run that only records gradients has no account; of one that does both, neither may be behind.
+    """
+    booked: list[int] = account.filter(~account["skipped"])["step"].to_list()
+    last = int(account["step"][-1]) if len(account) else -1
+    if not (out / "embeddings").is_dir():
+        return booked, last
+    from assay.embedding.resume import recorded_steps
+
+    recorded = recorded_steps(gradients_folder(out))
+    end = recorded[-1] if recorded else -1
+    if not len(account):
+        return recorded, end
+    return booked, min([last, *(step - 1 for step in booked if step > end)])
 
 
 def _taken(optimizer: OptimizerModel, sure: bool) -> int:

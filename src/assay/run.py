@@ -167,7 +167,7 @@ class Run:
         if metadata is not None and self.processes.rank == 0:
             self.writer.add_metadata(metadata)
         context = Context(
-            self.model, self.weights, self._coverage, self.optimizer, self.writer, self.processes
+            self.model, self.weights, self._coverage, self.optimizer, self.writer, self.processes, step
         )
         self._sessions: list[Session] = [method.attach(context) for method in methods]
         self._to_close = list(self._sessions)

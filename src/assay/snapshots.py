@@ -77,6 +77,19 @@ class Snapshots:
                 found = [number for number in [*found, step] if number % k == 0 or number == step]
         return tuple(found)
 
+    def distance(self, step: int, bytes_each: int = 0) -> int:
+        """The distance between snapshots when this step begins.
+
+        Example:
+            >>> Snapshots().distance(30), Snapshots(every=3).distance(30)
+            (4, 3)
+        """
+        k = past = self.every or 1
+        while past < step:
+            k = self.next_distance(k, past, bytes_each)
+            past += k - past % k
+        return k
+
     @property
     def target_names(self) -> Sequence[str]:
         """Snapshots value nothing."""
@@ -161,7 +174,9 @@ class SnapshotSession:
         self._bytes_each = 0
         self._next = 0
         self._first: int | None = None  # where this process took the run up
-        self._pinned: set[int] = set()  # snapshots that stay, whatever the distance
+        self._pinned = (
+            0  # the snapshot that stays, whatever the distance: where a run may be, or was, taken up
+        )
         self._steps: list[dict[str, Any]] = []
         self._random: list[RandomState] = []
         self._open: list[int] = []  # of each micro-batch of the open step, where its random state is
@@ -182,8 +197,8 @@ class SnapshotSession:
 
     def _resume(self, step: int) -> None:
         """The run starts, or goes on, here: what lies behind it is of a past that did not happen."""
-        self._first = step
-        self._pinned.add(step)
+        self._first = self._pinned = step
+        self.distance = self.settings.distance(step)
         for number in self.files.numbers(STATE):
             if number >= step:
                 self.files.delete(STATE, number)
@@ -217,7 +232,7 @@ class SnapshotSession:
     def settle(self) -> None:
         """A checkpoint is about to be saved: a run that goes on from it finds a snapshot, and the log up to it."""
         if self._first is not None:  # before the first step nothing says which one comes next
-            self._pinned.add(self._next)
+            self._pinned = self._next
             self._write(self._next)
             self._wait()
 
@@ -254,16 +269,26 @@ class SnapshotSession:
         log = {"steps": [_host(row) for row in self._steps], "random": self._random}
         first = self._steps[0]["step"] if self._steps else None
         self._steps, self._random = [], []
+        # Decided in this thread and from what is known in it, so that a run takes the same snapshots every time.
+        self.distance = self.settings.next_distance(self.distance, step, 0)
         self._writing = self._pool.submit(self._put, step, content, first, log)
+        if self.settings.budget is not None:  # what they take is known once they are written
+            self._wait()
+            self.distance = self.settings.next_distance(self.distance, step, self._bytes_each)
+        self._pool.submit(self._thin, step, self.distance, self._pinned)
 
     def _put(self, step: int, content: Any, first: int | None, log: Any) -> None:
         if first is not None:
             self.files.write(LOG, first, log)  # first, so that no snapshot stands without the way to it
         self._bytes_each = max(self._bytes_each, self.files.write(STATE, step, content))
-        self.distance = self.settings.next_distance(self.distance, step, self._bytes_each)
-        for number in self.files.numbers(STATE):
-            if number % self.distance and number != step and number not in self._pinned:
-                self.files.delete(STATE, number)
+
+    def _thin(self, step: int, distance: int, pinned: int) -> None:
+        """Delete what stands between; if the snapshot was refused, the one before is kept with all others."""
+        numbers = self.files.numbers(STATE)
+        if step in numbers:
+            for number in numbers:
+                if number % distance and number not in (step, pinned):
+                    self.files.delete(STATE, number)
 
     def _wait(self) -> None:
         if self._writing is not None:

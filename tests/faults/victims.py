@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import assay
+from assay.embedding.resume import recorded_steps
 from assay.rows.folder import Folder
 from assay.store.files import write_atomic
 
@@ -36,20 +38,17 @@ def loss_fn(model: nn.Module, batch: object) -> Tensor:
 
 
 def record(folder: Path) -> None:
-    """Train with recorded gradients, from the first step on: what a kill leaves can be read, not gone on with."""
-    model = net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    method = assay.DataValueEmbedding(assay.Projection(rank=2))
-    with assay.Run(model, optimizer, out=folder / "run", methods=[method], check="off") as watched:
-        for step in range(STEPS):
-            with watched.step([f"{step}-{i}" for i in range(BATCH)]):
-                loss_fn(model, batch(step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    """Train with recorded gradients and snapshots, and a checkpoint every few steps, from the last checkpoint on."""
+    train(folder, [assay.DataValueEmbedding(assay.Projection(rank=2), shard=10)], snapshots="auto")
 
 
 def run(folder: Path) -> None:
     """Train with in-run values and a checkpoint every few steps, from the last checkpoint on."""
+    train(folder, [assay.InRunShapley(assay.Target([batch(999)], loss_fn), path="trapezoid")])
+
+
+def train(folder: Path, methods: list[Any], snapshots: str | None = None) -> None:
+    """From the last checkpoint to the last step."""
     checkpoint, model = folder / "checkpoint.pt", net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     start = 0
@@ -58,9 +57,9 @@ def run(folder: Path) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["done"]
-    method = assay.InRunShapley(assay.Target([batch(999)], loss_fn), path="trapezoid")
-    out = folder / "run"
-    with assay.Run(model, optimizer, out=out, methods=[method], resume=start, check="off") as watched:
+    with assay.Run(
+        model, optimizer, out=folder / "run", methods=methods, resume=start, check="off", snapshots=snapshots
+    ) as watched:
         for step in range(start, STEPS):
             with watched.step([f"{step}-{i}" for i in range(BATCH)]):
                 loss_fn(model, batch(step)).backward()
@@ -97,13 +96,26 @@ def answers(kind: str, folder: Path) -> dict[str, object]:
     ledger = assay.open(folder / "run")
     if kind == "embedding":
         return {"embeddings": ledger.embeddings(segments=5).export().numpy().tobytes()}
+    if kind == "record":
+        rows = (folder / "run" / "embeddings").rglob("*")
+        gradients = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(rows) if p.is_file()}
+        taken = sorted((folder / "run" / "snapshots").glob("*.pt"))
+        return {"gradients": gradients, "snapshots": {p.name[:-12]: contents(p) for p in taken}}
     return {"steps": ledger.steps().rows(), "account": ledger.account().rows()}
+
+
+def contents(path: Path) -> list[object]:
+    """Of a file of tensors: what it holds, whichever way its pickle is put together."""
+    leaves = torch.utils._pytree.tree_leaves(torch.load(path))
+    return [x.numpy().tobytes() if isinstance(x, Tensor) else x for x in leaves]
 
 
 def committed(kind: str, folder: Path) -> int:
     """How much a reader finds now: steps of a run, rows of an index, whole."""
     if kind == "run":
         return len(assay.open(folder / "run").account()) if (folder / "run" / "run.json").exists() else 0
+    if kind == "record":
+        return len(recorded_steps(Folder(folder / "run" / "embeddings")))
     manifest = Folder(folder / "index" / "rows").read_json("manifest.json")
     return 0 if manifest is None else int(manifest["rows"])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from assay.doctor import examine
 from assay.errors import InputError, StoreError
 from assay.rows import DTYPES, Background, Folder, RowDtype, RowReader, RowWriter, Share, join, products
 
@@ -81,6 +85,71 @@ def test_a_writer_that_died_goes_on_and_ends_with_the_same_bytes(tmp_path: Path)
         writer.append(table(writer.rows, 11), rows(11)[writer.rows :])
         writer.close()
         assert content(place) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("disk", [True, False], ids=["disk", "memory"])
+def test_a_shard_may_be_committed_before_it_is_full(dtype: RowDtype, disk: bool, tmp_path: Path) -> None:
+    """And a writer that goes on after fewer rows than there are ends as one that never wrote the others."""
+    whole = Folder(tmp_path / "whole" if disk else None)
+    filled(whole, dtype)
+    for n, kept in [(1, 1), (3, 2), (4, 3), (6, 5), (6, 0), (8, 4), (11, 7), (11, 11)]:
+        place = Folder(tmp_path / f"{n} {kept}" if disk else None)
+        begun = filled(place, dtype, n, close=n % 2 == 0)  # a store that is complete can be gone on with, too
+        if not begun.manifest.complete:
+            begun.flush()
+        assert RowReader(place).manifest.rows == n
+        writer = RowWriter(place, WIDTH, dtype, BLOCKS, shard=4, keep=kept)
+        assert writer.rows == kept
+        assert RowReader(place).table["id"].to_list() == table(0, kept)["id"].to_list()
+        for row in range(kept, 11):
+            writer.append(table(row, row + 1), rows(11)[row : row + 1])
+            if row % 3:
+                writer.flush()
+                assert torch.equal(RowReader(place).read(0, row + 1), RowReader(whole).read(0, row + 1))
+        writer.close()
+        assert {name: place.read(name) for name in place.names()} == {
+            name: whole.read(name) for name in whole.names()
+        }
+
+
+def test_a_writer_that_is_killed_between_any_two_writes_of_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit makes an open shard longer, or the store goes back to fewer rows: readers find one or the other."""
+    filled(Folder(tmp_path / "whole"))
+    original, left = (Folder.write, Folder.delete), [0]
+
+    def dying(act: Callable[..., None]) -> Callable[..., None]:
+        def acts(self: Folder, *args: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            act(self, *args)
+
+        return acts
+
+    seen = set()
+    for act in range(1, 12):
+        place = tmp_path / str(act)
+        filled(Folder(place), n=7, close=False).flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "write", dying(original[0]))
+            patch.setattr(Folder, "delete", dying(original[1]))
+            left[0] = act
+            with suppress(KeyboardInterrupt):
+                writer = RowWriter(Folder(place), WIDTH, "fp32", BLOCKS, shard=4, keep=6)
+                writer.append(table(6, 10), rows(11)[6:10])
+                writer.flush()
+        reader = RowReader(Folder(place))
+        seen.add(len(reader))
+        assert torch.equal(reader.read(0, len(reader)), rows(11)[: len(reader)].float())
+        assert examine(place).whole
+        writer = RowWriter(Folder(place), WIDTH, "fp32", BLOCKS, shard=4, keep=5)
+        writer.append(table(5, 11), rows(11)[5:])
+        writer.close()
+        assert content(place) == content(tmp_path / "whole")
+    assert seen == {6, 7, 8, 10}
 
 
 def error_of_reading(path: Path, truth: Tensor) -> str | None:

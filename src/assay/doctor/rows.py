@@ -65,7 +65,7 @@ def _whole_rows(folder: Folder, manifest: Manifest) -> tuple[int, StoreError | N
         arrays = [(name, folder.open_array(name)) for name in _arrays(manifest)]
         for part in range(manifest.parts):
             start, stop = part * manifest.shard, min((part + 1) * manifest.shard, manifest.rows)
-            lines = len(read_parts(folder, [part])[0])
+            lines = len(read_parts(folder, {part: stop - start})[0])
             if lines != stop - start:
                 raise folder.damaged(f"table/part-{part:06d}", f"{lines} lines for {stop - start} rows")
             for name, array in arrays:

@@ -23,6 +23,7 @@ from assay.capture.factors import Factors
 from assay.capture.marks import Weight
 from assay.embedding.draws import logits_of, output_gradients
 from assay.embedding.header import Header, write_header
+from assay.embedding.resume import recorded_before, save_through
 from assay.embedding.sides import balanced, choose_sides
 from assay.errors import AssayWarning, InputError, StoreError
 from assay.methods.base import Context, Demand, MicroBatch
@@ -97,23 +98,29 @@ class EmbeddingSession:
         self.params = context.weights.params
         self.preconditioned = context.optimizer.preconditioned
         self.seconds = 0.0
-        self.ranks, self.sides = choose_sides(method, context)
-        self.projector = Projector(context.weights, self.sides)
-        self.through = self.projector.sides
-        self.ready = not (self.preconditioned and method.projection.kind == "random")  # D is not known yet
-        self.logits = context.model
-        if method.logits is not None:
-            self.logits = context.model.get_submodule(method.logits)
         if context.processes.size > 1:
             raise InputError(
                 "DataValueEmbedding records in one process, and this run has several: train in one, or leave it out."
             )
         self.folder = context.writer.gradients
-        if self.folder.read_json("header.json") is not None:
-            raise StoreError(f"{self.folder.place} already holds recorded gradients: choose another out=")
+        self._before = recorded_before(self.folder, method, context)
+        if self._before is None:
+            self.ranks, self.sides = choose_sides(method, context)
+        else:
+            self.ranks, self.sides = self._before.header.ranks, self._before.sides
+        self.projector = Projector(context.weights, self.sides)
+        self.through = self.projector.sides
+        self.ready = not (self.preconditioned and method.projection.kind == "random")  # D is not known yet
+        if self._before is not None:
+            self.through, self.ready = Projector(context.weights, self._before.through).sides, True
+        self.logits = context.model
+        if method.logits is not None:
+            self.logits = context.model.get_submodule(method.logits)
         self._weigher = Weigher(context.optimizer, self.params)
-        self._generator = torch.Generator().manual_seed(method.seed)
+        self._generator = torch.Generator()
         self._writer: RowWriter | None = None
+        if self._before is not None:
+            self._writer = self._rows_of_header(self._before.header, self._before.rows)
         self._background = Background(self._write, method.queue)
         self._background.__enter__()
         self._refused: StoreError | None = None
@@ -123,6 +130,8 @@ class EmbeddingSession:
 
     def begin_step(self, step: int) -> Demand:
         """Watch the backward pass; keep the gradients where the optimizer's diagonal is still to come."""
+        # of each step its own, so that a resumed run draws what the unbroken one would have drawn
+        self._generator.manual_seed((self.method.seed * 1_000_003 + step) % 2**63)
         return Demand(keep=self.params if self.preconditioned else (), watch=self._watch)
 
     def _watch(self, capture: Capture) -> _Watch:
@@ -236,15 +245,22 @@ class EmbeddingSession:
             method.projection, self.ranks, shapes, self.projector.layers, self.preconditioned, draws, method.dtype,
             sides_crc(self.sides),
         )  # fmt: skip
+        if self.through is not self.projector.sides:
+            names = self.context.weights.names
+            save_through(self.folder, {names[p]: sides.to("cpu") for p, sides in self.through.items()})
         write_header(self.folder, header, self.sides)
+        self._writer = self._rows_of_header(header)
+
+    def _rows_of_header(self, header: Header, keep: int | None = None) -> RowWriter:
+        method, width = self.method, header.width
         blocks = [
             (part * width + layer.start, part * width + layer.stop)
             for part in range(header.parts)
             for layer in header.layers
         ]
-        bytes_of_row = rows.shape[1] * DTYPES[method.dtype].itemsize
-        shard = method.shard or max(64, COMMIT_BYTES // bytes_of_row)
-        self._writer = RowWriter(self.folder.below("rows"), rows.shape[1], method.dtype, blocks, shard)
+        entries = header.parts * width
+        shard = method.shard or max(64, COMMIT_BYTES // (entries * DTYPES[method.dtype].itemsize))
+        return RowWriter(self.folder.below("rows"), entries, method.dtype, blocks, shard, keep=keep)
 
     def _write(
         self,
@@ -288,6 +304,17 @@ class EmbeddingSession:
 
     def flush(self) -> None:
         """Rows reach the disk by themselves, a shard at a time."""
+
+    def settle(self) -> None:
+        """A checkpoint is about to be saved: everything that was recorded reaches the disk.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        self._background.wait()
+        self._raise_refused()
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         """Wait for the disk, and commit what is left.

@@ -23,7 +23,10 @@ __all__ = ["Context", "Demand", "Method", "MicroBatch", "Session", "Settles", "W
 
 @dataclass(frozen=True)
 class Context:
-    """What a run hands to its methods: model, weights and their uses, optimizer's step, ledger's writer, processes."""
+    """What a run hands to its methods: model, weights and their uses, optimizer's step, ledger's writer, processes.
+
+    `resumed` is the step at which a resumed run goes on.
+    """
 
     model: Module
     weights: Weights
@@ -31,6 +34,7 @@ class Context:
     optimizer: OptimizerModel
     writer: RunWriter
     processes: OneProcess
+    resumed: int | None = None
 
 
 class Watch(Protocol):

@@ -31,7 +31,7 @@ which is Algorithm 1 with A = I − M where there is no momentum (docs/embedding
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from assay.errors import InputError
 from assay.methods.base import Context
@@ -75,6 +75,8 @@ class DataValueEmbedding:
         >>> DataValueEmbedding(Projection(rank=8), curvature="ggn", draws=2).describe()["draws"]
         2
     """
+
+    resumes: ClassVar[bool] = True
 
     def __init__(
         self,

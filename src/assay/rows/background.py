@@ -48,6 +48,15 @@ class Background:
         self._raise()
         self._queue.put(args)
 
+    def wait(self) -> None:
+        """Until all calls are made.
+
+        Raises:
+            BaseException: what one of them raised.
+        """
+        self._queue.join()
+        self._raise()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -64,6 +73,7 @@ class Background:
                     self._call(*args)
                 except BaseException as error:  # handed over to the other thread, whatever it is
                     self._error = error
+            self._queue.task_done()
 
     def _raise(self) -> None:
         if self._error is not None:

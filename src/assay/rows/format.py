@@ -58,6 +58,10 @@ class Manifest:
         """Number of commits."""
         return -(-self.rows // self.shard)
 
+    def lines(self, part: int) -> int:
+        """How many of the rows are of a commit."""
+        return min(self.shard, self.rows - part * self.shard)
+
     def write(self, folder: Folder, name: str = NAME) -> None:
         """Commit."""
         folder.write_header(name, FORMAT, VERSION, asdict(self))

@@ -40,7 +40,7 @@ class RowReader:
         self._folder = folder
         self._data = folder.open_array("data")
         self._scales = folder.open_array("scales") if manifest.dtype == "int8" else None
-        parts = read_parts(folder, range(manifest.parts))
+        parts = read_parts(folder, {part: manifest.lines(part) for part in range(manifest.parts)})
         self.table = pl.concat(parts) if parts else pl.DataFrame({"id": []}, schema={"id": pl.Int64})
         if len(self.table) != manifest.rows:
             raise folder.damaged("table", f"it has {len(self.table)} lines for {manifest.rows} rows")

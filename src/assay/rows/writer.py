@@ -15,7 +15,7 @@ from assay.errors import InputError, StoreError
 from assay.rows.folder import Folder
 from assay.rows.format import DTYPES, ZARR, Manifest, RowDtype, encode, read_manifest, to_numpy
 from assay.rows.share import Share
-from assay.rows.table import delete_parts_from, read_parts, write_part
+from assay.rows.table import delete_parts_from, keep_part, read_parts, write_part
 
 __all__ = ["RowWriter", "join"]
 
@@ -36,6 +36,7 @@ class RowWriter:
         blocks: `(start, stop)` of the parts of a row with a scale of their own; by default the whole row.
         shard: rows of one commit; by default about 32 MiB.
         share: the shards that are this writer's, where several processes write one store; `join` makes it complete.
+        keep: go on after so many rows, whatever more is committed, and whether the store is complete.
 
     Attributes:
         rows: rows that are committed; the next to be appended follows them.
@@ -64,6 +65,7 @@ class RowWriter:
         blocks: Sequence[tuple[int, int]] | None = None,
         shard: int | None = None,
         share: Share | None = None,
+        keep: int | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} is not known; choose one of {', '.join(map(repr, DTYPES))}.")
@@ -77,15 +79,17 @@ class RowWriter:
             self.manifest = wanted
             wanted.write(folder, self.share.manifest)
         else:
-            if found.complete:
+            if found.complete and keep is None:
                 raise StoreError(f"{folder.place} is complete and takes no more rows: name another out=")
-            if replace(found, rows=0) != wanted:
+            if replace(found, rows=0, complete=False) != wanted:
                 raise StoreError(
                     f"{folder.place} was begun with other settings (width, dtype or layers): name another out=, or "
                     "delete it"
                 )
             self.manifest = found
-            delete_parts_from(folder, found.parts, self.share)
+        self._open = pl.DataFrame()  # lines of a shard that is committed and not full
+        if found is not None:
+            self._go_on(min(found.rows, found.rows if keep is None else keep))
         self._data = folder.open_array("data")
         self._scales = folder.open_array("scales") if dtype == "int8" else None
         self._waiting: list[tuple[pl.DataFrame, Tensor, Tensor | None]] = []
@@ -98,8 +102,8 @@ class RowWriter:
 
     def tables(self) -> dict[int, pl.DataFrame]:
         """The tables of the shards that this writer has committed, by shard number."""
-        numbers = [self.share.shard(own) for own in range(self.manifest.parts)]
-        return dict(zip(numbers, read_parts(self._folder, numbers), strict=True))
+        lines = {self.share.shard(own): self.manifest.lines(own) for own in range(self.manifest.parts)}
+        return dict(zip(lines, read_parts(self._folder, lines), strict=True))
 
     def append(self, table: pl.DataFrame, rows: Tensor) -> None:
         """Take rows; those that make a shard whole are committed with it.
@@ -119,8 +123,17 @@ class RowWriter:
         stored, scales = encode(rows.detach().cpu(), self.manifest.dtype, self.manifest.blocks)
         self._waiting.append((table, stored, scales))
         self._number_waiting += len(table)
-        while self._number_waiting >= self.manifest.shard:
-            self._commit(self.manifest.shard)
+        while self._number_waiting >= (room := self.manifest.shard - len(self._open)):
+            self._commit(room)
+
+    def flush(self) -> None:
+        """Commit what waits, although it makes no shard whole; the rows that follow are put behind it.
+
+        Raises:
+            StoreError: the disk refuses; everything taken is kept and offered again.
+        """
+        if self._number_waiting:
+            self._commit(self._number_waiting)
 
     def close(self) -> None:
         """Commit what waits and mark the store as complete.
@@ -130,8 +143,7 @@ class RowWriter:
         """
         if self.manifest.complete:
             return
-        if self._number_waiting:
-            self._commit(self._number_waiting)
+        self.flush()
         done = replace(self.manifest, complete=True)
         if self.share.parts == 1:
             _cut(self._folder, done)
@@ -148,21 +160,41 @@ class RowWriter:
         if manifest.dtype == "int8":
             create("scales", [rows, blocks], "float32", [shard, blocks], [chunk, blocks])
 
+    def _go_on(self, rows: int) -> None:
+        """After the first rows of those that are committed; what lies behind them is gone."""
+        manifest = replace(self.manifest, rows=rows, complete=False)
+        if rows % manifest.shard:
+            own = manifest.parts - 1
+            number = self.share.shard(own)
+            (self._open,) = read_parts(self._folder, {number: manifest.lines(own)})
+            name = write_part(self._folder, number, self._open)
+        if manifest != self.manifest:
+            manifest.write(self._folder, self.share.manifest)
+            self.manifest = manifest
+        if rows % manifest.shard:
+            keep_part(self._folder, number, name)
+        delete_parts_from(self._folder, manifest.parts, self.share)
+
     def _commit(self, number: int) -> None:
         """Shard, table, manifest: in this order, so that the manifest never says more than there is."""
         table = pl.concat([t for t, _, _ in self._waiting])
         stored = torch.cat([s for _, s, _ in self._waiting])
         scales = [s for _, _, s in self._waiting if s is not None]
-        shard = self.share.shard(self.manifest.parts)
-        start = shard * self.manifest.shard
+        before = len(self._open)
+        shard = self.share.shard((self.rows - before) // self.manifest.shard)
+        start = shard * self.manifest.shard + before
         self._data = put(self._folder, "data", self._data, start, stored[:number])
         if self._scales is not None:
             self._scales = put(self._folder, "scales", self._scales, start, torch.cat(scales)[:number])
-        write_part(self._folder, shard, table[:number])
+        lines = pl.concat([self._open, table[:number]]) if before else table[:number]
+        name = write_part(self._folder, shard, lines)
         committed = replace(self.manifest, rows=self.rows + number)
         committed.write(self._folder, self.share.manifest)
+        if before:
+            keep_part(self._folder, shard, name)
         rest = torch.cat(scales)[number:] if scales else None
         self.manifest = committed
+        self._open = lines if len(lines) < self.manifest.shard else lines[:0]
         self._number_waiting -= number
         self._waiting = [(table[number:], stored[number:].clone(), rest)] if self._number_waiting else []
 

@@ -374,6 +374,8 @@ class Run:
             InputError: micro-batches wait for their optimizer step.
             StoreError: the disk refuses.
         """
+        if self._pending and not self.processes.accumulated(self.weights.params):
+            self._discard()  # a loss scaler passed over the step
         if self._pending:
             raise InputError("run.state_dict(): micro-batches wait for optimizer.step(); call it after that.")
         with self._work("in writing"):

@@ -68,7 +68,7 @@ def apart(kind: str, folder: Path, what: str) -> Any:
     child = os.fork()
     if child == 0:
         try:
-            found = look(kind, folder) if what == "look" else repr(answers(kind, folder))
+            found = look(kind, folder) if what == "look" else answers(kind, folder)
             with os.fdopen(writing, "w") as pipe:
                 json.dump({"found": found}, pipe)
         except BaseException:
@@ -122,7 +122,9 @@ def campaign(kills: int, seed: int, place: Path, lives_at_most: int = LIVES) -> 
             now = int(apart(kind, folder, "look"))
             assert kind != "index" or now >= before, f"the index had {before} rows and now has {now}"
             before = now
-        assert apart(kind, folder, "answers") == whole[kind], f"{kind} ended otherwise than unbroken"
+        found = apart(kind, folder, "answers")
+        other = sorted({name for name, _ in found.items() ^ whole[kind].items()})
+        assert not other, f"{kind} ended otherwise than unbroken: {', '.join(other)}"
         counts[kind]["ended the same"] += 1
         shutil.rmtree(folder)
     return {kind: dict(count) for kind, count in counts.items()}

@@ -216,6 +216,35 @@ def test_an_error_leaves_a_whole_ledger(rows: Any, make_model: Any, tmp_path: Pa
     assert assay.open(tmp_path / "run").account()["status"].to_list() == ["ok", "ok", "ok"]
 
 
+def test_a_training_that_is_resumed_goes_on_in_the_same_folder(
+    rows: Any, make_model: Any, tmp_path: Path
+) -> None:
+    class Stop(L.Callback):  # type: ignore[misc,name-defined]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 13:
+                raise RuntimeError("stop")
+
+    def train(out: str, stops: bool = False, ckpt_path: str | None = None) -> None:
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        callback = AssayCallback({"t": assay.Target([collate(rows[40:])], loss)}, tmp_path / out, ids="doc")
+        saves = ModelCheckpoint(tmp_path / f"{out}-saved", "{epoch}", every_n_epochs=1, save_top_k=-1)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[callback, saves, *([Stop()] if stops else [])],
+        )  # fmt: skip
+        loader = torch.utils.data.DataLoader(rows[:40], 4, collate_fn=collate)
+        trainer.fit(Lit(make_model()), loader, ckpt_path=ckpt_path)
+
+    train("whole")
+    with pytest.raises(RuntimeError, match="stop"):
+        train("run", stops=True)
+    train("run", ckpt_path=str(tmp_path / "run-saved" / "epoch=0.ckpt"))
+    found, whole = assay.open(tmp_path / "run"), assay.open(tmp_path / "whole")
+    assert found.steps().equals(whole.steps())
+    assert found.account().equals(whole.account())
+
+
 def test_what_cannot_be_used_is_said_in_one_line(fit: Any, rows: Any) -> None:
     target = assay.Target([collate(rows[40:])], loss)
     with pytest.raises(InputError, match="no such key"):

@@ -136,8 +136,19 @@ class AssayCallback(Callback):  # type: ignore[misc]
         shapley = self._shapley
         targets = {name: _of_module(target, pl_module) for name, target in shapley.targets.items()}
         methods = [InRunShapley(targets, path=shapley.path, momentum=shapley.momentum), *self._methods]
-        model, folder = _trained(pl_module, optimizer), self._folder(trainer)
-        self.run = Run(model, optimizer, folder, methods, metadata=self._metadata, info=info, **self._options)
+        options = {
+            "resume": trainer.global_step if trainer.global_step and self._out else False,
+            **self._options,
+        }
+        self.run = Run(
+            _trained(pl_module, optimizer),
+            optimizer,
+            self._out,
+            methods,
+            metadata=self._metadata,
+            info=info,
+            **options,
+        )
         self._live = LiveValues(self.run)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -167,8 +178,14 @@ class AssayCallback(Callback):  # type: ignore[misc]
                 logger.log_metrics(numbers, step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """A checkpoint is being written: so is everything recorded up to it."""
-        if self.run is not None and self._live is not None:
+        """A checkpoint is about to be written: so is everything recorded up to it."""
+        if self.run is None or self._live is None:
+            return
+        try:
+            self.run.state_dict()
+        except (
+            InputError
+        ):  # in the middle of a step, of whose beginning a training that is resumed knows nothing
             self.run.status()
             self.run.writer.flush()
 
@@ -193,11 +210,6 @@ class AssayCallback(Callback):  # type: ignore[misc]
             step, self._step = self._step, None
             with suppress(_NoBackward):
                 step.__exit__(_NoBackward, _NoBackward(), None)
-
-    def _folder(self, trainer: Any) -> Path | None:
-        if self._out is None or not trainer.global_step:
-            return None if self._out is None else Path(self._out)
-        return Path(f"{self._out}-from-{trainer.global_step}")
 
     def _names(self, batch: Any) -> Any:
         if callable(self._ids):

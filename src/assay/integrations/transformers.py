@@ -37,12 +37,15 @@ except ModuleNotFoundError as error:
 
 __all__ = ["AssayCallback"]
 
+SAVED_AND_LOADED = ("_save_checkpoint", "_load_best_model")
+
 
 class AssayCallback(TrainerCallback):  # type: ignore[misc]
     """Values every training example of a Trainer while it trains.
 
-    Gradient accumulation, clipping, mixed precision, `remove_unused_columns`, any data collator and evaluation in
-    between need nothing further. The run is closed when `trainer.train()` ends, also by an error or Ctrl-C.
+    Gradient accumulation, clipping, mixed precision, `remove_unused_columns`, any data collator, evaluation in between
+    and `DistributedDataParallel` need nothing further. The run is closed when `trainer.train()` ends, also by an error
+    or Ctrl-C. A training that is resumed from one of the trainer's checkpoints goes on in the same folder.
 
     Args:
         targets: what examples are valued for: `{name: assay.Target or data set}`, or one of them. A data set is
@@ -126,6 +129,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
             "training_step": self._training_step,
             "get_train_dataloader": self._get_train_dataloader,
             "log": self._log,
+            "_save_checkpoint": self._save_checkpoint,
             "_load_best_model": self._load_best_model,
         }
         for name, replacement in replaced.items():
@@ -142,12 +146,14 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         if trainer is None:
             raise InputError("AssayCallback: call callback.attach(trainer) before trainer.train().")
-        if args.world_size > 1 or args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise InputError(
-                f"AssayCallback follows one process on one device, and this training has {args.world_size} processes "
-                f"on {max(1, args.n_gpu)} devices each; use assay.Run in a loop of your own, or one device."
+                f"AssayCallback follows one device per process, and this one has {args.n_gpu} (nn.DataParallel); start "
+                "the training with torchrun, or show it one device."
             )
-        model = trainer.accelerator.unwrap_model(model)
+        # where several processes train together, the wrapper says how they share their gradients
+        whole = trainer.accelerator.unwrap_model(model)
+        model = trainer.model_wrapped if args.world_size > 1 else whole
         methods: list[Method] = [InRunShapley(self._make_targets(), path=self._path, momentum=self._momentum)]
         info = {
             "trainer": type(trainer).__name__,
@@ -160,17 +166,10 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         }
         if state.global_step:
             info["resumed_from_step"] = state.global_step
-        self.run = Run(
-            model, optimizer, self._out_of(state), [*methods, *self._methods], info=info, **self._options
-        )
+        # a step that a loss scaler passed over counts for the trainer as it does for the run
+        options = {"resume": state.global_step if state.global_step and self._out else False, **self._options}
+        self.run = Run(model, optimizer, self._out, [*methods, *self._methods], info=info, **options)
         self._live = LiveValues(self.run)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A checkpoint is being written: so is everything recorded up to it."""
-        if self.run is not None:
-            self._notes.hand_over(self.run.writer)
-            self.run.status()
-            self.run.writer.flush()
 
     # --- what is put around the trainer's own methods ---
 
@@ -209,6 +208,13 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
             self.run.log({key: value for key, value in logs.items() if isinstance(value, int | float)})
         return original(logs, *args, **kwargs)
 
+    def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Before a checkpoint is there, everything recorded up to it is, so that a training can be taken up from it."""
+        if self.run is not None:
+            self._notes.hand_over(self.run.writer)
+            self.run.state_dict()
+        return original(*args, **kwargs)
+
     def _load_best_model(self, original: Callable[[], Any]) -> Any:
         self._close()  # before other weights are put in, at which the last step's effect would be measured
         return original()
@@ -224,15 +230,9 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
             self._live = None
 
     def _detach(self) -> None:
-        for name in ("train", "training_step", "get_train_dataloader", "log", "_load_best_model"):
+        for name in ("train", "training_step", "get_train_dataloader", "log", *SAVED_AND_LOADED):
             self._trainer.__dict__.pop(name, None)  # what lies below is the class's own
         self._trainer.remove_callback(self)
-
-    def _out_of(self, state: Any) -> Path | None:
-        """The run's folder; a training that was resumed goes on in a folder beside the first one's."""
-        if self._out is None or not state.global_step:
-            return None if self._out is None else Path(self._out)
-        return Path(f"{self._out}-from-{state.global_step}")
 
     def _make_targets(self) -> dict[str, Target]:
         wanted = self._trainer.eval_dataset if self._targets is None else self._targets
@@ -252,7 +252,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
     def _target(self, name: str, dataset: Any) -> Target:
         trainer, left = self._trainer, self._rows
         batches: list[Any] = []
-        with _one_at_a_time(trainer):
+        with _one_at_a_time(trainer), _undivided(trainer):
             for batch in trainer.get_eval_dataloader(dataset):
                 batch = trainer._prepare_inputs(batch)
                 height = next(len(x) for x in batch.values() if isinstance(x, Tensor) and x.dim())
@@ -277,6 +277,18 @@ def _one_at_a_time(trainer: Any) -> Iterator[None]:
     finally:
         trainer.args.dataloader_num_workers, trainer.args.dataloader_prefetch_factor = workers, prefetch
         trainer.args.dataloader_persistent_workers = persistent
+
+
+@contextlib.contextmanager
+def _undivided(trainer: Any) -> Iterator[None]:
+    """Every process gets all rows of a target; which of them goes through which of their models, the run decides."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes > 1:
+        accelerator.prepare = lambda loader, **_: loader
+    try:
+        yield
+    finally:
+        accelerator.__dict__.pop("prepare", None)
 
 
 def _own_loss(name: str, model: Module, batch: Mapping[str, Any]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
 from assay.integrations.transformers import AssayCallback  # noqa: E402
+from integrations import two_processes  # noqa: E402
 
 
 @pytest.fixture
@@ -361,8 +364,29 @@ def test_several_devices_are_refused(make_trainer: Any) -> None:
     trainer = make_trainer()
     callback = AssayCallback(id="doc").attach(trainer)
     trainer.args._n_gpu = 2
-    with pytest.raises(InputError, match="one process on one device"):
+    with pytest.raises(InputError, match="one device per process, and this one has 2"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_two_processes_give_the_values_of_one(rows: Any, tmp_path: Path) -> None:
+    """Started by torchrun; the Trainer deals the documents out, and the training with `no_sync` is also resumed."""
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, two_processes.__file__, str(tmp_path)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for accumulate in two_processes.ACCUMULATE:
+        two_processes.train(tmp_path, accumulate, 4)
+        found, one = (assay.open(tmp_path / f"{accumulate}-{batch}") for batch in (2, 4))
+        a, b = (ledger.steps().sort("step", "id") for ledger in (found, one))
+        assert a.select("step", "id").equals(b.select("step", "id"))
+        np.testing.assert_allclose(a["value"], b["value"], rtol=0, atol=1e-5 * b["value"].abs().max())
+        for column in ("predicted", "actual"):
+            x, y = (ledger.account()[column].to_numpy() for ledger in (found, one))
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+        assert found.metadata().sort("id").equals(one.metadata().sort("id"))
+        assert found.info["processes"] == {"kind": "ddp", "size": 2}
 
 
 def test_content_ids() -> None:

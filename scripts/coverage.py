@@ -1,22 +1,26 @@
-"""Try every family of the installed transformers that can be made tiny, and write what came of it to docs/coverage.md.
+"""Try every family of the installed transformers that can be made tiny: experiments/results/coverage.jsonl, docs/coverage.md.
 
-    python scripts/coverage.py [--results build/coverage.jsonl] [FAMILY ...]
+    python scripts/coverage.py [FAMILY ...]
 
 Each family's model is built with random weights and small sizes (tests/conformance/attempts.py), put to the start-up
-check, and its per-sample gradients are compared with autograd on single samples (tests/conformance/compare.py). The
-results are kept family by family, so that an interrupted command goes on where it stopped.
+check, and its per-sample gradients are compared with autograd on single samples (tests/conformance/compare.py), in a
+process of its own. Without names the families that have no result yet are tried, so that an interrupted command goes
+on where it stopped; families that are named are tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +33,74 @@ import transformers  # noqa: E402
 from conformance.attempts import attempts  # noqa: E402
 from conformance.compare import compare  # noqa: E402
 from conformance.families import every_family  # noqa: E402
+from coverage_page import PAGE, RESULTS, ROUNDING, page, read  # noqa: E402
 
 from assay import CoverageError  # noqa: E402
 
-LARGEST, SECONDS, MEMORY = (
-    10_000_000,
-    40,
-    12 << 30,
-)  # entries of a small model; patience and room for one family
-ROUNDING = 1e-9, 1e-5  # float64 throughout; float32 somewhere inside the model
+LARGEST = 10_000_000  # entries of a small model
+SECONDS, MEMORY = 40, 3 << 30  # of a processor, and room, for one family
 
 
 def main() -> None:
-    """Compare the families that have no result yet, then write the page."""
+    """Compare the families that have no result yet, or those named, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*")
-    parser.add_argument(
-        "--page-only", action="store_true", help="try nothing, write the page of what is known"
-    )
-    parser.add_argument("--results", type=Path, default=ROOT / "build" / "coverage.jsonl")
-    options = parser.parse_args()
+    parser.add_argument("families", nargs="*", help="try these again; without any, those without a result")
+    families = parser.parse_args().families
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # a family that wants more is not tiny
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    known = _read(options.results)
-    with options.results.open("a") as file:
-        for family in [] if options.page_only else options.families or every_family():
-            if family not in known:
-                print(family, flush=True)
-                known[family] = _tried(family)
-                file.write(json.dumps({"family": family, **known[family]}) + "\n")
-                file.flush()
-    (ROOT / "docs" / "coverage.md").write_text(_page(known))
+    known = read(RESULTS)[1] if RESULTS.exists() else {}
+    for family in families or [family for family in every_family() if family not in known]:
+        known[family] = _apart(family)
+        print(family, known[family], flush=True)
+        _write(RESULTS, known)
+    _write(RESULTS, known)
+    PAGE.write_text(page(RESULTS), encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {row.pop("family"): row for row in map(json.loads, lines)}
+def _write(path: Path, known: Mapping[str, dict[str, Any]]) -> None:
+    """What it was measured with, then a line for each family; the whole file or the one before."""
+    made = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "model_types": len(every_family()),
+    }
+    lines = [made, *({"family": family, **row} for family, row in sorted(known.items()))]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    draft.replace(path)
+
+
+def _apart(family: str) -> dict[str, Any]:
+    """What came of a family, found by a process of its own: what it breaks or holds on to goes with it."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=_report, args=(family, theirs))
+    process.start()
+    theirs.close()
+    try:
+        row: dict[str, Any] = ours.recv()
+    except EOFError:
+        process.join()
+        late = process.exitcode == -signal.SIGXCPU
+        why = f"more than {SECONDS} seconds" if late else f"the process ended with code {process.exitcode}"
+        row = {"kind": "not tiny" if late else "failed", "why": why}
+    process.join()
+    return row
+
+
+def _report(family: str, to: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # a family that wants more is not tiny
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))  # what does not listen to the signal
+    to.send(_tried(family))
+    to.close()
+    os._exit(0)
 
 
 def _tried(family: str) -> dict[str, Any]:
     """What came of a family: `kind` and what there is to say about it."""
     signal.signal(signal.SIGPROF, _give_up)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process's own time
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         try:
             model, inputs = next(attempts(family, LARGEST))
@@ -85,6 +112,8 @@ def _tried(family: str) -> dict[str, Any]:
         return {**_compared(model, inputs), "inputs": [k for k in inputs if k != "use_cache"]}
     except TimeoutError:
         return {"kind": "not tiny", "why": f"more than {SECONDS} seconds"}
+    except MemoryError:
+        return {"kind": "not tiny", "why": f"more than {MEMORY >> 30} GiB of memory"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -98,13 +127,15 @@ def _compared(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     except TimeoutError:
         raise
     except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError from error
         return {"kind": "failed", "why": f"{type(error).__name__}: {_first_line(error)}"}
     if outcome.total != outcome.total:
         return {"kind": "failed", "why": "the model's own gradients are not finite"}
     worst = max(outcome.samples, outcome.total, outcome.deferred)
     ways = Counter(status for status in outcome.status.values() if status != "unused")
     kind = "wrong" if not worst < ROUNDING[1] else "fallback" if set(ways) - {"exact"} else "fast path"
-    return {"kind": kind, "error": worst, "ways": dict(ways)}
+    return {"kind": kind, "error": float(f"{worst:.1e}"), "ways": dict(sorted(ways.items()))}
 
 
 def _give_up(*_: object) -> None:
@@ -113,62 +144,6 @@ def _give_up(*_: object) -> None:
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:240].replace(str(ROOT), "").replace("|", "/")
-
-
-def _page(results: dict[str, dict[str, Any]]) -> str:
-    kinds = Counter(row["kind"] for row in results.values())
-    tried = sum(kinds[kind] for kind in ("fast path", "fallback", "refused", "failed", "wrong"))
-    lines = [
-        "# Coverage of transformers",
-        "",
-        f"Written by `python scripts/coverage.py` with transformers {transformers.__version__} and torch "
-        f"{torch.__version__.split('+')[0]}. Every model type that can be made small was built with random weights: by "
-        "the usual names of sizes, else by dividing every width of its default configuration by the same number. Its "
-        "inputs are random; where a model takes images or sound in a form of its own, it was compared on text alone, "
-        "as the table says. The per-sample gradients of every parameter were compared with autograd on single samples "
-        "in float64.",
-        "",
-        f"Of {len(results)} model types {tried} were compared: **{kinds['fast path']} exact by the fast path, "
-        f"{kinds['fallback']} exact with a named fallback for some parameters, {kinds['refused']} refused, "
-        f"{kinds['failed']} failed, {kinds['wrong']} wrong.** The others were not compared: {kinds['not tiny']} are "
-        f"too large for this command, {kinds['not built']} need a configuration, inputs or a library that it "
-        "does not have"
-        + (f", and {left} were not tried yet." if (left := len(set(every_family()) - set(results))) else "."),
-        "",
-        f"An error below {ROUNDING[0]:g} is float64 rounding; one up to {ROUNDING[1]:g} comes from models that cast to "
-        "float32 inside (norms, routers, scans).",
-        "",
-    ]
-    for kind, title in _TITLES.items():
-        rows = {family: row for family, row in sorted(results.items()) if row["kind"] == kind}
-        if rows:
-            lines += [f"## {title}", "", *_table(kind, rows), ""]
-    return "\n".join(lines)
-
-
-_TITLES = {
-    "wrong": "Wrong",
-    "failed": "Failed",
-    "refused": "Refused, and why",
-    "fallback": "Exact with a named fallback",
-    "fast path": "Exact by the fast path",
-    "not tiny": "Not compared: not tiny",
-    "not built": "Not compared: not built",
-}
-
-
-def _table(kind: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    if kind in ("fast path", "fallback", "wrong"):
-        head = ["| family | inputs | largest relative error | parameters |", "|---|---|---|---|"]
-        return head + [
-            f"| {f} | {', '.join(r['inputs'])} | {r['error']:.1e} | {_ways(r['ways'])} |"
-            for f, r in rows.items()
-        ]
-    return ["| family | why |", "|---|---|", *(f"| {f} | {r['why']} |" for f, r in rows.items())]
-
-
-def _ways(ways: dict[str, int]) -> str:
-    return ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def _gradients(outputs: list[Tensor], seeds: list[Tensor], params: Sequence[Para
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach(), b.detach()
     return float((a - b).norm()) <= 1e-6 * float(a.norm()) + 1e-12
 
 

@@ -431,3 +431,22 @@ def relative_attention() -> Made:
         out=nn.Linear(8, 6),
         pad=nn.Linear(12, 6),
     ), sequences()
+
+
+@plain
+def learned_queries() -> Made:
+    """They attend to one another before they see a sample: attention, and a fused kernel, of weights alone."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.first(m.queries).unflatten(-1, (3, 2, 4)).permute(1, 2, 0, 3)[:, None]
+        mixed = m.queries + F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
+        mixed = mixed + m.second(mixed, mixed, mixed, need_weights=False)[0]
+        return m.cross(mixed.expand(len(x), -1, -1), x, x)[0]
+
+    return Fed(
+        body,
+        queries=nn.Parameter(torch.randn(5, 8)),
+        first=nn.Linear(8, 24),
+        second=nn.MultiheadAttention(8, 2, batch_first=True),
+        cross=nn.MultiheadAttention(8, 2, batch_first=True),
+    ), sequences(width=8)

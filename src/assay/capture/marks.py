@@ -12,6 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.capture.layout import Layout
 
@@ -138,10 +139,16 @@ def directional_derivative(
     """The derivative of `call(*primals)` along one tangent for each operand named.
 
     By forward-mode differentiation; where an operation has no forward-mode formula, by differentiating its backward
-    pass, which is linear in the output gradient (the double-backward trick).
+    pass, which is linear in the output gradient (the double-backward trick). The fused kernels of attention have
+    neither, so it is computed without them.
     """
     tangents = {i: tangent.to(primals[i].dtype) for i, tangent in tangents.items()}
     load_forward_mode()
+    with sdpa_kernel(SDPBackend.MATH):
+        return _derivative(call, primals, tangents)
+
+
+def _derivative(call: Callable[..., Tensor], primals: list[Tensor], tangents: dict[int, Tensor]) -> Tensor:
     try:
         with torch.no_grad(), forward_ad.dual_level():
             duals = list(primals)

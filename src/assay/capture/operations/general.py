@@ -6,11 +6,9 @@ long as the rows of its output belong to known samples.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.capture.call import Call, operands
 from assay.capture.factors import Directional
@@ -41,8 +39,7 @@ def general_rule(call: Call) -> Any:
     def apply(*values: Tensor) -> Any:
         first = values[0].clone() if call.in_place else values[0]
         args, kwargs = rebuild([first, *values[1:]])
-        with sdpa_kernel(SDPBackend.MATH) if call.name == "scaled_dot_product_attention" else nullcontext():
-            result = call.func(*args, **kwargs)  # the fused kernels of attention have no forward-mode formula
+        result = call.func(*args, **kwargs)
         return first if call.in_place else result
 
     def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Directional]]:

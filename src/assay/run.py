@@ -456,7 +456,9 @@ class Run:
         if not self.processes.all(self.faults.first is None):
             self._agreed_to_stop = True
             if self.faults.first is None:
-                raise AssayError("another process of the run has stopped its attribution")
+                raise AssayError(
+                    "another process of the run has stopped its attribution: look at its log for the reason"
+                )
 
     def _begin(self) -> None:
         """Before a micro-batch: start an optimizer step if none is open."""

@@ -120,7 +120,10 @@ class TargetPass:
         for batch in self._batches(name, target):
             loss = self._loss(name, target, batch) * share
             if not loss.requires_grad:
-                raise InputError(f"target {name!r}: its loss does not depend on the model's parameters.")
+                raise InputError(
+                    f"target {name!r}: its loss does not depend on the model's parameters; "
+                    "compute it from the model's outputs."
+                )
             found = torch.autograd.grad(loss, self.params, allow_unused=True)
             gradient = [
                 torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)

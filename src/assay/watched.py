@@ -57,7 +57,10 @@ def watched(
         else:
             left_out[name] = (param.numel(), reason)
     if not found:
-        raise InputError("Run(model, optimizer): no trainable parameter is left to watch.")
+        raise InputError(
+            "Run(model, optimizer): no trainable parameter is left to watch; "
+            "leave one out of exclude=, or set requires_grad."
+        )
     groups = {param: optimizer.group_index(param) for _, param in found}
     weights = Weights(found, groups, constants_of(model), processes.stand_ins())
     return weights, Coverage(weights.names, left_out)

@@ -28,6 +28,7 @@ from conformance.families import (
     VOCABULARY,
     NoModelError,
     _without_randomness,
+    attribute,
     configuration,
     inputs_of,
 )
@@ -43,7 +44,7 @@ def attempts(family: str, largest: int) -> Iterator[tuple[Module, Inputs]]:
         NoModelError: none was found; the message says what went wrong with the last, or how large it would be.
     """
     reasons: list[str] = []
-    for way in (configuration, *(lambda f, by=by: scaled(f, by) for by in (16, 8, 4, 32, 1))):
+    for way in (configuration, agreeing, *(lambda f, by=by: scaled(f, by) for by in (16, 8, 4, 32, 1))):
         try:
             config = way(family)
         except Exception as error:
@@ -77,7 +78,7 @@ def _runs(kind: Any, config: Any, largest: int) -> Iterator[tuple[Module, Inputs
         try:
             first = make(model)
         except Exception as error:
-            failed = failed or error
+            failed = error
             continue
         for inputs in variants(model, first):
             try:
@@ -85,7 +86,7 @@ def _runs(kind: Any, config: Any, largest: int) -> Iterator[tuple[Module, Inputs
             except TimeoutError:
                 raise
             except Exception as error:
-                failed = failed or error
+                failed = error if failed is None or isinstance(failed, NoModelError) else failed
                 continue
             yield model, found
     raise failed or NoModelError("no inputs")
@@ -156,6 +157,33 @@ def classes_of(family: str, config: Any) -> list[Any]:
     return list(dict.fromkeys(kind for kind in (*found, *own) if hasattr(kind, "_from_config")))[:3]
 
 
+def agreeing(family: str) -> Any:
+    """The small configuration with the sizes that follow from others put right, in all of its parts."""
+    config = configuration(family)
+    for part in _parts(config):
+        heads, width = (attribute(part, name) for name in ("num_attention_heads", "hidden_size"))
+        if attribute(part, "pad_token_id") is None:
+            part.pad_token_id = 0
+        if isinstance(heads, int) and isinstance(width, int):
+            if attribute(part, "num_key_value_heads") is not None:
+                part.num_key_value_heads = heads
+            if attribute(part, "head_dim") is None:
+                part.head_dim = width // heads
+            rope = attribute(part, "rope_parameters")
+            if isinstance(rope, dict):
+                half = int(part.head_dim * rope.get("partial_rotary_factor", 1)) // 2
+                rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+        if attribute(part, "upsample_groups") is not None:
+            part.upsample_groups = width
+    return config
+
+
+def _parts(config: Any) -> list[Any]:
+    """A configuration and those of its parts."""
+    inside = [v for k, v in vars(config).items() if k.endswith("_config") and hasattr(v, "to_dict")]
+    return [config, *(part for one in inside for part in _parts(one))]
+
+
 LAYERS = re.compile(r"num_(\w+_)?(layers|blocks)|n_layers?|(\w+_)?layers|num_\w+_layers|depth|num_stages_")
 KEPT = re.compile(
     r".*(image_size|patch_size|num_channels|in_channels|heads?$|kernel|stride|dilation|rate|mel_bins|token_id|"
@@ -175,19 +203,12 @@ def _divided(config: Any, by: int) -> dict[str, Any]:
     given = {k: v for k, v in config.to_dict().items() if k not in FIXED and not k.startswith("_")}
     count = next((v for k, v in given.items() if k == "num_hidden_layers" and isinstance(v, int)), None)
     for name, value in given.items():
-        part = _attribute(config, name)
+        part = attribute(config, name)
         if name.endswith("_config") and hasattr(part, "to_dict"):
             given[name] = {**_divided(part, by), "model_type": part.model_type}
         else:
             given[name] = _smaller(name, value, by, count)
     return given
-
-
-def _attribute(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except Exception:  # an attribute that differs from layer to layer
-        return None
 
 
 def _smaller(name: str, value: Any, by: int, layers: int | None) -> Any:
@@ -279,7 +300,13 @@ def inputs_by_name(model: Module) -> Inputs:
     if unknown or not chosen:
         raise NoModelError(f"inputs {unknown or list(parameters)[:4]} are not known here")
     config = getattr(model.config, "text_config", model.config)
-    return {name: NAMED[name](config) for name in chosen}
+    vision = getattr(model.config, "vision_config", model.config)
+    inputs = {name: NAMED[name](config) for name in chosen}
+    for name in ("grid_thw", "image_grid_thw"):  # patches of all images in one dimension
+        if name in chosen:
+            inputs[name] = _grid(vision)
+            inputs["pixel_values" if "pixel_values" in parameters else "hidden_states"] = _packed(vision)
+    return inputs
 
 
 def _parameters(model: Module) -> Any:
@@ -290,9 +317,36 @@ def _ids(config: Any) -> Tensor:
     return torch.randint(5, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
+def _grid(config: Any) -> Tensor:
+    """Height and width of each image in patches, and its number of frames: as many as make one row of output."""
+    side = attribute(config, "spatial_merge_size") or 2
+    return torch.tensor([[1, side, side]] * BATCH)
+
+
+def _packed(config: Any) -> Tensor:
+    """The patches of all images one after the other."""
+    names = ("in_channels", "in_chans", "num_channels")
+    channels = next((v for n in names if isinstance(v := attribute(config, n), int)), 3)
+    entries = (
+        channels
+        * (attribute(config, "temporal_patch_size") or 1)
+        * (attribute(config, "patch_size") or 1) ** 2
+    )
+    return torch.randn(int(_grid(config).prod(1).sum()), entries)
+
+
+def _flattened(config: Any) -> Tensor:
+    """Patches with their row and column in front."""
+    side = attribute(config, "patch_size") or 16
+    place = torch.arange(1, 5).expand(BATCH, 2, 4).mT
+    return torch.cat(
+        [place, torch.randn(BATCH, 4, side * side * (attribute(config, "num_channels") or 3))], 2
+    )
+
+
 def _width(config: Any) -> int:
     names = ("hidden_size", "d_model", "hidden_dim", "embed_dim", "n_embd", "dim")
-    return next((v for n in names if isinstance(v := _attribute(config, n), int)), 32)
+    return next((v for n in names if isinstance(v := attribute(config, n), int)), 32)
 
 
 def _states(config: Any) -> Tensor:
@@ -310,8 +364,12 @@ def _video(config: Any) -> Tensor:
     return image[:, None].expand(-1, getattr(config, "num_frames", FRAMES), -1, -1, -1).clone()
 
 
+def _past(config: Any) -> int:
+    return (attribute(config, "context_length") or 16) + max(attribute(config, "lags_sequence") or [0])
+
+
 def _series(config: Any) -> Tensor:
-    length = getattr(config, "context_length", 16)
+    length = _past(config)
     channels = getattr(config, "num_input_channels", None)
     return torch.randn(BATCH, length, channels) if channels else torch.randn(BATCH, length)
 
@@ -349,8 +407,31 @@ NAMED: dict[str, Callable[[Any], Any]] = {
     "spatial_shapes": lambda c: torch.tensor([[4, 4]] * BATCH),
     "text_embeds": _states,
     "use_cache": lambda c: False,
-}
-ALONGSIDE = ("bbox", "timesteps", "use_cache")  # what a model with a default for it still needs
+    "grid_thw": _grid,
+    "flattened_patches": _flattened,
+    "qformer_input_ids": _ids,
+    "visual_feats": lambda c: torch.randn(BATCH, 4, c.visual_feat_dim),
+    "visual_pos": lambda c: torch.rand(BATCH, 4, c.visual_pos_dim),
+    "audio_mel": lambda c: torch.randn(BATCH, 64, c.input_feat_size),
+    "audio_mel_mask": lambda c: torch.zeros(BATCH, 64, dtype=torch.bool),
+    "context": _states,
+    "mask": lambda c: torch.ones(BATCH, LENGTH, dtype=torch.long),
+    "query_length": lambda c: LENGTH,
+    "noise_embeds": _states,
+    "context_hidden_states": _states,
+    "past_time_features": lambda c: torch.randn(BATCH, _past(c), c.num_time_features),
+    "past_observed_mask": lambda c: torch.ones(BATCH, _past(c)),
+    "future_time_features": lambda c: torch.randn(BATCH, c.prediction_length, c.num_time_features),
+    "future_values": lambda c: torch.randn(BATCH, c.prediction_length),
+    "pixel_position_ids": lambda c: torch.stack(torch.meshgrid(*[torch.arange(4)] * 2), -1).flatten(0, 1).expand(
+        BATCH, -1, -1
+    ),
+    "marks": _ids,
+}  # fmt: skip
+ALONGSIDE = (  # what a model with a default for it still needs
+    "bbox", "timesteps", "use_cache", "actions", "rewards", "returns_to_go", "visual_feats", "visual_pos",
+    "task_inputs", "future_values",
+)  # fmt: skip
 
 
 def _line(error: Exception) -> str:

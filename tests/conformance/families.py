@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "encoder_hidden_dim", "emb_dim"), 32
     ),
-    **dict.fromkeys(("decoder_hidden_size", "hidden_dim", "encoder_hidden_size", "d_embed"), 32),
+    **dict.fromkeys(
+        ("decoder_hidden_size", "hidden_dim", "encoder_hidden_size", "d_embed", "out_hidden_size"), 32
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_encoder_layers"), 2),
     **dict.fromkeys(
         ("num_decoder_layers", "encoder_layers", "decoder_layers", "layers", "encoder_num_hidden_layers"), 2
@@ -90,8 +94,14 @@ HEADS = (
     "MODEL_MAPPING_NAMES",
 )  # fmt: skip
 
-OVERRIDES: dict[str, dict[str, Any]] = {
+OVERRIDES: dict[str, Mapping[str, Any]] = {
     "deepseek_v3": {"n_routed_experts": 4, "num_key_value_heads": 4, "n_group": 2},
+    **dict.fromkeys(
+        ("deepseek_v2", "axk1"),
+        MappingProxyType({"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4}),
+    ),
+    **dict.fromkeys(("bamba", "granitemoehybrid"), MappingProxyType({"mamba_n_heads": 8, "mamba_d_head": 8})),
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "dinov3_vit": {"pos_embed_rescale": None},
     "xlnet": {"d_head": 8},
     "swin": {"window_size": 2, "patch_size": 4, "embed_dim": 16, "num_heads": [1, 2, 4, 8], "image_size": 64},
@@ -99,6 +109,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
     "squeezebert": {"embedding_size": 32},
     "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys(
+        ("autoformer", "informer", "time_series_transformer"),
+        MappingProxyType(
+            {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+        ),
+    ),
 }
 
 
@@ -132,30 +148,48 @@ def configuration(family: str) -> Any:
     return shrink(type(config), config, overrides)
 
 
-def shrink(kind: type, default: Any, overrides: dict[str, Any]) -> Any:
+def shrink(kind: type, default: Any, overrides: Mapping[str, Any]) -> Any:
     """A configuration of this kind with tiny sizes; parts that are configurations themselves likewise."""
     known = set(inspect.signature(kind.__init__).parameters) | set(vars(default))
-    known = {name for name in known if not name.startswith("_") and name not in FIXED}
-    given = {name: tiny for name in known if (tiny := _tiny(name, getattr(default, name, None))) is not None}
+    known = {
+        name for name in known if not name.startswith("_") and name not in FIXED and _settable(kind, name)
+    }
+    given = {name: tiny for name in known if (tiny := _tiny(name, attribute(default, name))) is not None}
     for name in known:
-        part = getattr(default, name, None)
+        part = attribute(default, name)
         if name.endswith("_config") and hasattr(part, "to_dict"):
             given[name] = shrink(type(part), part, overrides.get(name, {})).to_dict()
     given.update({name: value for name, value in overrides.items() if not isinstance(value, dict)})
     if "attention_types" in given:
         known -= {"attention_layers"}
     layers = given.get("num_hidden_layers", 2)
-    kinds = getattr(default, "layer_types", None)
-    settable = not isinstance(inspect.getattr_static(kind, "layer_types", None), property)
-    if isinstance(kinds, (list, tuple)) and kinds and settable and "layer_types" not in given:
+    kinds = attribute(default, "layer_types")
+    if (
+        isinstance(kinds, (list, tuple))
+        and kinds
+        and _settable(kind, "layer_types")
+        and "layer_types" not in given
+    ):
         distinct = list(dict.fromkeys(kinds))
         given["layer_types"] = (distinct * layers)[: max(layers, len(distinct))]
         if "num_hidden_layers" in given:
             given["num_hidden_layers"] = len(given["layer_types"])
-    if isinstance(getattr(default, "attention_window", None), (list, tuple)):
+    if isinstance(attribute(default, "attention_window"), (list, tuple)):
         given["attention_window"] = [4] * layers
     plain = {name: value for name, value in default.to_dict().items() if name in known}
     return kind(**{**plain, **given})
+
+
+def attribute(config: Any, name: str) -> Any:
+    """An attribute of a configuration; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # asked for a model's, where its layers differ
+        return None
+
+
+def _settable(kind: type, name: str) -> bool:
+    return not isinstance(inspect.getattr_static(kind, name, None), property)
 
 
 FIXED = frozenset({"transformers_version", "model_type", "dtype", "torch_dtype", "attribute_map"})

@@ -57,7 +57,9 @@ class Selection:
 
     def _names(self, data: pl.DataFrame, id: str | pl.Series) -> pl.Series:
         if isinstance(id, str) and id not in data.columns:
-            raise InputError(f"the data has no column {id!r}, only {', '.join(map(repr, data.columns))}")
+            raise InputError(
+                f"the data has no column {id!r}, only {', '.join(map(repr, data.columns))}: name one"
+            )
         names = data[id] if isinstance(id, str) else id
         ids = self.table["id"]
         if names.dtype.is_integer() != ids.dtype.is_integer():

@@ -62,7 +62,9 @@ def summed(ledger: Ledger, targets: list[str]) -> pl.DataFrame:
         raise InputError("name at least one target")
     frames = [ledger.values(name) for name in targets]
     if not frames[0].height:
-        raise InputError("this run recorded no values: there is nothing to go by")
+        raise InputError(
+            "this run recorded no values: there is nothing to go by; train with methods=[assay.InRunShapley(...)]"
+        )
     total = frames[0]
     for frame in frames[1:]:
         total = total.join(frame.select("id", other="value"), on="id").select(

@@ -95,4 +95,6 @@ def _write(shares: Credit, path: Path) -> None:
         else:
             raise InputError(f"--out {path}: end its name in .json, .csv or .parquet")
     except OSError as error:
-        raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
+        raise InputError(
+            f"--out {path} cannot be written ({error.strerror or error}): name another file"
+        ) from error

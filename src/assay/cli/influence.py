@@ -70,7 +70,9 @@ def _text(given: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and not Path(given[:255]).exists():
             return given  # too long for the name of a file
-        raise InputError(f"--query {given}: the file cannot be read as text: {error}") from error
+        raise InputError(
+            f"--query {given}: the file cannot be read as text ({error}): save it as UTF-8"
+        ) from error
 
 
 def _name(number: int, given: str) -> str:

@@ -79,7 +79,9 @@ def _text(given: str) -> str:
     try:
         return path.read_text(encoding="utf-8") if len(given) < 256 and path.is_file() else given
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--query {given} cannot be read: {error}") from error
+        raise InputError(
+            f"--query {given} cannot be read ({error}): give a text, or a file of text in UTF-8"
+        ) from error
 
 
 def _short(text: str, width: int) -> str:

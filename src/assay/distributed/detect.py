@@ -31,7 +31,9 @@ def parallel_of(model: Module) -> OneProcess:
         'one process'
     """
     if not isinstance(model, Module):
-        raise InputError(f"Run(model): a torch.nn.Module is needed, not {type(model).__name__}.")
+        raise InputError(
+            f"Run(model): a torch.nn.Module is needed, not {type(model).__name__}: pass the model itself."
+        )
     _refuse_wrappers(model)
     if isinstance(model, DistributedDataParallel):
         return Replicated(model)

@@ -91,7 +91,7 @@ class Group(OneProcess):
             if failed is not None:
                 raise failed
             rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)
-            raise AssayError(f"process {rank} of {self.size} stopped with {text}")
+            raise AssayError(f"process {rank} of {self.size} stopped with {text}: look at its output")
 
     def total_of_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each tensor over the processes, many in one message."""

@@ -232,7 +232,10 @@ class ShardedTargetPass(TargetPass):
         for batch, weight in self._dealt(target):
             loss = self._loss(name, target, batch) * weight
             if not loss.requires_grad:
-                raise InputError(f"target {name!r}: its loss does not depend on the model's parameters.")
+                raise InputError(
+                    f"target {name!r}: its loss does not depend on the model's parameters; "
+                    "compute it from the model's outputs."
+                )
             (loss / self.group.share).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total

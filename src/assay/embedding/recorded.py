@@ -57,7 +57,9 @@ class Recorded:
             self.steps = _steps(table, len(header.shapes))
         self.length = self.steps[-1].stop if self.steps else 0
         if not self.length:
-            raise InputError("this run recorded no gradients yet: not one step is committed.")
+            raise InputError(
+                "this run recorded no gradients yet: not one step is committed; train on, or close the run."
+            )
         self.table = table.select("step", "id")[: self.length]
         self.weights = torch.from_numpy(table["weight"].to_numpy().copy())[: self.length]
 

@@ -35,7 +35,10 @@ def choose_sides(method: DataValueEmbedding, context: Context) -> tuple[Ranks, d
     params = {name: p for p, name in context.weights.names.items()}
     unknown = sorted(set(method.ranks) - set(params))
     if unknown:
-        raise InputError(f"DataValueEmbedding(ranks=...): the run watches no parameter {unknown[0]!r}.")
+        raise InputError(
+            f"DataValueEmbedding(ranks=...): the run watches no parameter {unknown[0]!r}; "
+            "take a name of run.coverage()."
+        )
     rank = method.projection.rank if method.projection.kind != "none" else None
     if method.budget is not None:
         rank = _rank_within(method.budget, params, method.ranks)

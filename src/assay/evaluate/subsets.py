@@ -80,7 +80,10 @@ def draw_subsets(examples: int, number: int, fraction: float = 0.5, seed: int = 
     """
     size = round(examples * fraction)
     if not 0 < size < examples:
-        raise InputError(f"fraction={fraction} of {examples} examples keeps {size}: nothing to compare.")
+        raise InputError(
+            f"fraction={fraction} of {examples} examples keeps {size}: nothing to compare; "
+            "choose a fraction between 0 and 1."
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(number, examples, generator=generator).argsort(1)
     return torch.zeros(number, examples, dtype=torch.bool).scatter_(1, order[:, :size], True)

@@ -211,7 +211,9 @@ class _Copies:
                 before += rows
         outside = [row for _, row in dropped if row >= before]
         if outside:
-            raise InputError(f"a removal names row {outside[0]} of step {t}, which has {before} rows.")
+            raise InputError(
+                f"a removal names row {outside[0]} of step {t}, which has {before} rows; count from 0."
+            )
         self._update(gradients)
 
     def _rows(self, batch: Any) -> int:

@@ -89,7 +89,8 @@ def load_blocks(folder: Folder, header: Header, curvature: Curvature) -> dict[st
         )
     if header.projection.kind != "pca":
         raise InputError(
-            f"curvature={curvature!r} needs the principal axes of an index with Projection(kind='pca')."
+            f"curvature={curvature!r} needs the principal axes of an index with Projection(kind='pca'); "
+            "build one, or choose 'fisher'."
         )
     name = "squares" if curvature == "ekfac" else "kfac"
     if name == "kfac" and not any(key.startswith("kfac/") for key in inner.names()):

@@ -77,7 +77,10 @@ def _of_type(model: Module, kind: type[Module], named: Mapping[str, Tensor]) -> 
         if name.startswith(f"{prefix}." if prefix else "")
     }
     if not found:
-        raise InputError(f"layers=[{kind.__name__}]: the model has no such module with trainable parameters.")
+        raise InputError(
+            f"layers=[{kind.__name__}]: the model has no such module with trainable parameters; "
+            "name a class that it has."
+        )
     return found
 
 

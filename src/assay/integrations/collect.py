@@ -54,7 +54,7 @@ class Collector:
         if not isinstance(examples[0], Mapping):
             raise InputError(
                 f"an example of the training data is a {type(examples[0]).__name__}, not a mapping of columns: "
-                "assay takes ids and content by the columns' names"
+                "assay takes ids and content by the columns' names; hand over dicts"
             )
         plain = [{key: value for key, value in example.items() if self._stays(key)} for example in examples]
         ids = [self._name(example, bare) for example, bare in zip(examples, plain, strict=True)]
@@ -89,7 +89,9 @@ class Collector:
             )
         id_ = _plain(example[self.id])
         if isinstance(id_, bool) or not isinstance(id_, int | str):
-            raise InputError(f"id {id_!r} in column {self.id!r} is neither a whole number nor a string")
+            raise InputError(
+                f"id {id_!r} in column {self.id!r} is neither a whole number nor a string: cast it"
+            )
         return id_
 
 

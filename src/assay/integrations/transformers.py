@@ -118,7 +118,10 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         """
         for name in ("train", "training_step", "get_train_dataloader", "log", "callback_handler"):
             if not hasattr(trainer, name):
-                raise InputError(f"attach(trainer): {type(trainer).__name__} is no Trainer of transformers.")
+                raise InputError(
+                    f"attach(trainer): {type(trainer).__name__} is no Trainer of transformers; "
+                    "pass one, or use assay.Run."
+                )
         if self._trainer is not None:
             raise InputError("attach(trainer): this callback is attached already; make a new AssayCallback.")
         self._trainer = trainer

@@ -116,7 +116,8 @@ class DataValueEmbedding:
             )
         if budget is not None and self.projection.kind == "none":
             raise InputError(
-                "DataValueEmbedding(budget=...) chooses a rank, and Projection(kind='none') has none."
+                "DataValueEmbedding(budget=...) chooses a rank, and Projection(kind='none') has none; "
+                "leave one of them out."
             )
         self.ranks, self.budget, self.axes = dict(ranks or {}), budget, axes
         self.curvature, self.draws, self.logits = curvature, draws, logits

@@ -200,7 +200,9 @@ class OptimizerModel(ABC):
             InputError: Not 1 ≤ s ≤ t.
         """
         if not 1 <= s <= t:
-            raise InputError(f"tail(t={t}, s={s}): steps count from 1 and a gradient acts at t ≥ s only")
+            raise InputError(
+                f"tail(t={t}, s={s}): steps count from 1 and a gradient acts at t ≥ s only: give 1 ≤ s ≤ t"
+            )
         return float(self._kappa(self._group(param), t, s))
 
     @abstractmethod

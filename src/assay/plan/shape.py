@@ -85,7 +85,9 @@ def shape_of(model: Module, attention: tuple[int, int] = (0, 0)) -> Shape:
         elif isinstance(module, Embedding):
             tables[id(module.weight)] = module.weight.numel()
     if not matrices:
-        raise InputError(f"{type(model).__name__} has no linear layer: its cost cannot be planned.")
+        raise InputError(
+            f"{type(model).__name__} has no linear layer: its cost cannot be planned; measure a short run instead."
+        )
     counted = {sizes: list(matrices.values()).count(sizes) for sizes in matrices.values()}
     looked_up = sum(entries for key, entries in tables.items() if key not in matrices)
     whole = sum(p.numel() for p in model.parameters())

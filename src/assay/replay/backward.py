@@ -242,12 +242,13 @@ def _chosen(trajectory: Trajectory, steps: Iterable[int] | None, last: int | Non
     unknown = sorted(chosen - set(known))
     if unknown:
         raise InputError(
-            f"adjoint(steps=...): the run has no step {unknown[0]}; its steps are {known.start} to {known.stop - 1}."
+            f"adjoint(steps=...): the run has no step {unknown[0]}; its steps are {known.start} to {known.stop - 1}; "
+            "choose among them."
         )
     if last is not None:
         chosen &= set(known[-last:]) if last > 0 else set()
     if not chosen:
-        raise InputError("adjoint(steps=..., last=...): no step is left to value.")
+        raise InputError("adjoint(steps=..., last=...): no step is left to value; choose more of them.")
     return frozenset(chosen)
 
 

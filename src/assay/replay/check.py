@@ -53,7 +53,8 @@ class Check:
             ) from error
         if len(given) != len(record.ids):
             raise InputError(
-                f"step {record.step}: the run saw {len(record.ids)} micro-batches, batches_of_step gives {len(given)}."
+                f"step {record.step}: the run saw {len(record.ids)} micro-batches, batches_of_step gives {len(given)}; "
+                "give the same."
             )
         for m, (own, seen) in enumerate(zip(given, record.ids, strict=True)):
             if own != list(seen):

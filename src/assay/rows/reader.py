@@ -61,7 +61,9 @@ class RowReader:
             StoreError: a shard is damaged or missing; its file is named.
         """
         if not 0 <= start <= stop <= len(self):
-            raise InputError(f"there are no rows {start} to {stop}: the store has {len(self)}.")
+            raise InputError(
+                f"there are no rows {start} to {stop}: the store has {len(self)}; choose among them."
+            )
         return decode(*self._arrived(self._ask(start, stop)), self.manifest.blocks)
 
     def pieces(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:

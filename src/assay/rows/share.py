@@ -32,7 +32,7 @@ class Share:
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
             raise InputError(
-                f"part {self.part} of {self.parts}: parts are counted from 0 to {self.parts - 1}."
+                f"part {self.part} of {self.parts}: parts are counted from 0; give 0 to {self.parts - 1}."
             )
 
     def own(self, start: int, stop: int, shard: int) -> Iterator[tuple[int, int, int]]:

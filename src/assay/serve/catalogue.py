@@ -40,7 +40,7 @@ class Catalogue:
     def groups(self, column: str) -> list[str]:
         """The different values of a metadata column."""
         if column not in self.columns:
-            raise InputError(f"there is no column {column!r} to filter by")
+            raise InputError(f"there is no column {column!r} to filter by: choose one of the run's metadata")
         return sorted(self.metadata[column].cast(pl.String).drop_nulls().unique())
 
     def page(
@@ -83,7 +83,7 @@ class Catalogue:
         """
         id_ = self._names.get(name)
         if id_ is None:
-            raise InputError(f"the run has no document {name!r}")
+            raise InputError(f"the run has no document {name!r}: choose one of its ids")
         row = self.metadata.filter(pl.col("id") == id_).to_dicts()
         facts = {key: _plain(value) for key, value in (row[0] if row else {}).items() if key != "id"}
         values, curves = {}, {}
@@ -104,7 +104,7 @@ class Catalogue:
 
     def _of(self, target: str) -> pl.DataFrame:
         if target not in self.values:
-            raise InputError(f"there is no target {target!r}")
+            raise InputError(f"there is no target {target!r}: choose one of the run's")
         return self.values[target]
 
     def _filtered(self, frame: pl.DataFrame, words: str, column: str, group: str) -> pl.DataFrame:

@@ -53,7 +53,7 @@ class IndexSearcher:
     def search(self, text: str) -> pl.DataFrame:
         """Frame `id, score`: the influence of each document's rows, added up."""
         if not text.strip():
-            raise InputError("there is no text to search for")
+            raise InputError("there is no text to search for: give one of at least two tokens")
         with self._lock:
             scores = self.index.influence(self.model, [self.encode(text)], self.loss)[0]
         frame = pl.DataFrame({"id": self.index.ids, "score": scores.double().cpu().numpy()})
@@ -86,7 +86,7 @@ def make_searcher(
     folder = Path(index) if index is not None else ledger.path / "index"
     there = folder.is_dir() and any(folder.iterdir())
     if not there and index is not None and not build:
-        raise InputError(f"there is no index in {folder}")
+        raise InputError(f"there is no index in {folder}: make it with assay serve RUN --build-index")
     if not there and not build:
         return None
     model, tokenizer, config = _model(ledger)
@@ -135,7 +135,9 @@ def _build(
 
     metadata = ledger.metadata()
     if "text" not in metadata.columns:
-        raise InputError("the run kept no texts, so there is nothing to index")
+        raise InputError(
+            "the run kept no texts, so there is nothing to index: train with `assay train`, which keeps them"
+        )
     documents = ledger.values(ledger.targets[0]).select("id").join(metadata, on="id", maintain_order="left")
     tokens = tokenizer.encode(documents["text"].to_list())
     rows = make_rows(documents["id"].to_list(), tokens, config.model.context, config.data.long)

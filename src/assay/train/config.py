@@ -229,13 +229,13 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"{path} cannot be read: {reason}") from error
+        raise InputError(f"{path} cannot be read: {reason}; name a configuration in YAML") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from error
     except (ValueError, RecursionError) as error:  # a date that does not exist; brackets within brackets
-        raise InputError(f"{path}: a value in it cannot be read ({error})") from error
+        raise InputError(f"{path}: a value in it cannot be read ({error}): write it in quotes") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no configuration: expected keys such as 'out:' and 'data:'")
     for key, value in (overrides or {}).items():

@@ -53,14 +53,16 @@ def read_documents(data: Data) -> pl.DataFrame:
     for column in filter(None, (data.text, data.id)):
         _need(frame, column, where)
     if frame.schema[data.text] != pl.String:
-        raise InputError(f"{where}: the column {data.text!r} holds {frame.schema[data.text]}, not text")
+        raise InputError(
+            f"{where}: the column {data.text!r} holds {frame.schema[data.text]}, not text: name another in data.text"
+        )
 
     full = frame.filter(pl.col(data.text).str.strip_chars() != "")  # null is not unequal either
     if full.height < frame.height:
         _warn(f"{where}: {frame.height - full.height} documents without text are left out")
     frame = full.head(data.limit) if data.limit else full
     if frame.is_empty():
-        raise InputError(f"{where} holds no text")
+        raise InputError(f"{where} holds no text: name a source that does")
 
     identity = _identity(frame, data, where)
     nested = [name for name, kind in frame.schema.items() if kind.is_nested() or kind == pl.Object]
@@ -163,7 +165,8 @@ def _draw(documents: pl.DataFrame, targets: Targets, seed: int) -> Iterator[tupl
     for name in names:
         if name not in values:
             raise InputError(
-                f"targets.values: no document has {targets.by} = {name!r}{_nearest(name, values)}"
+                f"targets.values: no document has {targets.by} = {name!r}{_nearest(name, values)}: "
+                "name a value of that column"
             )
         yield name, _take(pool.filter(values == name), targets.documents, name)
 
@@ -171,7 +174,7 @@ def _draw(documents: pl.DataFrame, targets: Targets, seed: int) -> Iterator[tupl
 def _take(pool: pl.DataFrame, count: int, target: str) -> pl.DataFrame:
     if pool.height < count:
         raise InputError(
-            f"the target {target!r} has {pool.height} documents; targets.documents asks for {count}"
+            f"the target {target!r} has {pool.height} documents; targets.documents asks for {count}: take fewer"
         )
     return pool.head(count)
 
@@ -185,14 +188,16 @@ def _identity(frame: pl.DataFrame, data: Data, where: str) -> pl.Series:
             f"{where}: the ids in {data.id!r} are {identity.dtype}; they must be integers or strings"
         )
     if identity.null_count():
-        raise InputError(f"{where}: {identity.null_count()} documents have no id in the column {data.id!r}")
+        raise InputError(
+            f"{where}: {identity.null_count()} documents have no id in the column {data.id!r}: give every one an id"
+        )
     return identity.cast(pl.Int64) if identity.dtype.is_integer() else identity
 
 
 def _read_path(path: Path, text: str) -> pl.DataFrame:
     path = path.expanduser()
     if not path.exists():
-        raise InputError(f"data.path: there is no {path}")
+        raise InputError(f"data.path: there is no {path}: name a folder or a file")
     if path.is_dir():
         return pl.DataFrame(
             list(_read_folder(path, text)), schema=dict.fromkeys((text, "file", "folder"), pl.String)
@@ -201,10 +206,14 @@ def _read_path(path: Path, text: str) -> pl.DataFrame:
         try:
             return pl.read_parquet(path)
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise InputError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+            raise InputError(
+                f"{path} cannot be read as Parquet ({_first_line(error)}): write it anew"
+            ) from error
     if path.suffix in (".jsonl", ".ndjson"):
         return pl.DataFrame(list(_read_json_lines(path)), infer_schema_length=None, strict=False)
-    raise InputError(f"data.path: {path} is neither a folder nor a .jsonl or .parquet file")
+    raise InputError(
+        f"data.path: {path} is neither a folder nor a .jsonl or .parquet file: name one of these"
+    )
 
 
 def _read_folder(folder: Path, text: str) -> Iterator[dict[str, str]]:
@@ -219,7 +228,7 @@ def _read_folder(folder: Path, text: str) -> Iterator[dict[str, str]]:
             skipped.append(str(inside))
             continue
         except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}") from error
+            raise InputError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
         yield {text: content, "file": inside.as_posix(), "folder": inside.parent.as_posix()}
     if skipped:
         _warn(f"{folder}: {len(skipped)} files are not UTF-8 text and are left out, {skipped[0]} first")
@@ -236,9 +245,11 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise InputError(f'{path}, line {number}: expected an object, such as {{"text": ...}}')
                 yield row
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            raise InputError(
+                f"{path}, line {number}: not valid JSON ({error.msg}): write one object per line"
+            ) from error
         except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text") from error
+            raise InputError(f"{path} is not UTF-8 text: convert it") from error
 
 
 def _read_dataset(data: Data) -> pl.DataFrame:

@@ -76,7 +76,9 @@ def load_model(config: Model, folder: Path) -> tuple[nn.Module, Tokenizer]:
         model.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{folder / 'weights.pt'} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"{folder / 'weights.pt'} cannot be loaded ({reason}): put a copy of it back, or train anew"
+        ) from error
     return model, tokenizer
 
 
@@ -95,7 +97,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the device {name!r} cannot be used: {reason}") from error
+        raise InputError(
+            f"the device {name!r} cannot be used ({reason}): choose another, such as cpu"
+        ) from error
     return device
 
 

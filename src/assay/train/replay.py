@@ -77,7 +77,7 @@ def adjoint_of_run(
     unknown = sorted(set(names) - set(again.targets))
     if unknown:
         raise InputError(
-            f"the run has no target {unknown[0]!r}: its targets are {', '.join(map(repr, again.targets))}"
+            f"the run has no target {unknown[0]!r}: choose among {', '.join(map(repr, again.targets))}"
         )
     queries = {name: again.targets[name] for name in (names or again.targets)}
     values = ledger.adjoint(

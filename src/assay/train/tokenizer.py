@@ -80,7 +80,9 @@ def saved_tokenizer(folder: Path) -> Tokenizer:
     try:
         return _of_bpe(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare exceptions
-        raise InputError(f"{path} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{path} cannot be read as a tokenizer ({str(error).splitlines()[0]}): put a copy of it back"
+        ) from error
 
 
 def _pieces(text: str, offsets: Iterable[tuple[int, int]]) -> list[str]:
@@ -125,9 +127,9 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # each tokenizer class raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the tokenizer of {name!r} cannot be loaded: {reason}") from error
+        raise InputError(f"the tokenizer of {name!r} cannot be loaded ({reason}): check the name") from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {name!r} has no end-of-text token")
+        raise InputError(f"the tokenizer of {name!r} has no end-of-text token: choose a tokenizer with one")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return Tokenizer(
         # lengths above the model's are no mistake here: rows are cut afterwards

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assay.demo.gpt import GPT, GPTConfig
-from assay.index.scores import best_rows, stream_scores
+from assay.index.scores import best_rows
 from assay.rows import Folder, RowDtype, RowReader, RowWriter, reader
 
 RESULTS = Path(__file__).parent / "results"
@@ -199,7 +199,7 @@ def write_rows(folder: Path, count: int, width: int, dtype: RowDtype) -> float:
 
 def search(folder: Path, directions: Tensor) -> tuple[Tensor, Tensor]:
     """What `Index.search` does once it has the directions."""
-    return best_rows(stream_scores(RowReader(Folder(folder)), directions), K)
+    return best_rows(RowReader(Folder(folder)), directions, K)
 
 
 def bare(folder: Path, directions: Tensor, dtype: torch.dtype) -> None:

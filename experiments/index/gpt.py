@@ -17,7 +17,7 @@ from experiments.index.peers import compare_peers
 from experiments.paths.common import CONTEXT, mixture, rows
 
 DOMAINS = ("python_code", "bible", "speeches")
-EXAMPLES, QUERIES = 256, 60
+EXAMPLES, QUERIES = 256, 240
 
 
 def make_model() -> nn.Module:
@@ -48,7 +48,7 @@ def task() -> Task:
         make_model, losses,
         data=pair(mixture(DOMAINS, EXAMPLES, seed=0)), queries=pair(asked),
         training=SubsetTraining(adamw, epochs=12, batch=32),
-        subsets=64, seeds=range(2), checkpoints=range(2), rank=16,
+        subsets=64, seeds=range(4), checkpoints=range(4), rank=16,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from experiments.index.common import Task, attribute, difference
 from experiments.index.peers import compare_peers
 
 DIGITS = Path(__file__).parents[3] / "shared" / "data" / "mnist10k.npz"
-EXAMPLES, QUERIES = 1000, 100
+EXAMPLES, QUERIES = 1000, 500
 
 
 def make_model() -> nn.Module:
@@ -43,7 +43,7 @@ def task() -> Task:
         make_model, losses,
         data=(x[:EXAMPLES], y[:EXAMPLES]), queries=(x[-QUERIES:], y[-QUERIES:]),
         training=SubsetTraining(sgd, epochs=15, batch=50),
-        subsets=100, seeds=range(5), checkpoints=range(3), rank=16,
+        subsets=100, seeds=range(10), checkpoints=range(5), rank=16,
     )  # fmt: skip
 
 

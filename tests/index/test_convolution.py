@@ -20,11 +20,19 @@ CASES = {
     "wide kernel": (nn.Conv2d, (3, 5, (1, 4)), {"padding": (0, 2), "padding_mode": "reflect"}),
     "grouped": (nn.Conv2d, (4, 6, 3), {"groups": 2}),
     "depthwise": (nn.Conv2d, (4, 4, 3), {"groups": 4, "bias": False}),
+    "grouped, strided, dilated": (
+        nn.Conv2d,
+        (4, 6, (3, 2)),
+        {"groups": 2, "stride": (2, 1), "dilation": (1, 3), "padding": (2, 1)},
+    ),
+    "same, unevenly": (nn.Conv2d, (3, 5, (2, 4)), {"padding": "same"}),
     "1d": (nn.Conv1d, (3, 5, 3), {"padding": 1}),
     "3d": (nn.Conv3d, (2, 3, 2), {}),
+    "3d, strided": (nn.Conv3d, (2, 3, 2), {"stride": 2, "padding": 1}),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("rank", [None, 4, 40])
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_the_dense_projection(name: str, rank: int | None) -> None:

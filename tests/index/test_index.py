@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from assay.errors import AssayWarning, InputError, StoreError
 from assay.index import Index
+from assay.index.scores import _Best
 from assay.projection import Projection, random_sides
 
 Batch = tuple[Tensor, Tensor]
@@ -195,17 +196,16 @@ def test_search_never_holds_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     index = build(model)
     monkeypatch.setattr("assay.rows.reader.RowReader.piece_rows", lambda self: 4)
-    shapes = []
-    scores = Index._scores
+    shapes = {}
+    of_piece = _Best.of_piece
 
-    def seen(self: Index, *args: object) -> object:
-        for start, part in scores(self, *args):  # type: ignore[arg-type]
-            shapes.append(tuple(part.shape))
-            yield start, part
+    def seen(self: _Best, start: int, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shapes[start] = tuple(scores.shape)
+        return of_piece(self, start, scores)
 
-    monkeypatch.setattr(Index, "_scores", seen)
+    monkeypatch.setattr(_Best, "of_piece", seen)
     index.search(model, queries(), loss_fn, k=2)
-    assert shapes == [(5, 4)] * 5 + [(5, 3)]
+    assert shapes == dict.fromkeys(range(0, 20, 4), (5, 4)) | {20: (5, 3)}
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_products_are_those_of_the_rows(dtype: RowDtype, monkeypatch: pytest.Mon
     directions = torch.randn(3, WIDTH, dtype=whole.dtype)
     columns = [slice(a, b) for a, b in BLOCKS]
     for parts in (None, columns):
-        found = [(s, x, n) for s, x, n in products(reader, directions, parts, lengths=True)]
+        found = list(products(reader, directions, lambda *piece: piece, parts, lengths=True))
         assert [s for s, _, _ in found] == [0, 4, 8]
         scores = torch.cat([x for _, x, _ in found], 1)
         if parts is not None:

@@ -271,8 +271,7 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
         return _joined(_apply(left, sides.left), _apply(right, sides.right), factors.layout)
     if isinstance(factors, Patches):
-        left = _apply(factors.b.flatten(2).mT, sides.left)  # [B, positions, r0]
-        return left.mT @ _apply(factors.products(sides.right), None)
+        return factors.projected(sides.left, sides.right)
     if isinstance(factors, Lookup):
         right = _apply(factors.b, sides.right)
         if sides.left is None:
@@ -334,8 +333,8 @@ def _dense(factors: Factors) -> Tensor | None:
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
         return _joined(_apply(left, None), _apply(right, None), factors.layout)
     if isinstance(factors, Patches):
-        g = _apply(factors.b.flatten(2), None) @ _apply(factors.products(None), None)  # [B, p, patch]
-        return g.view(len(g), *factors.primals[factors.operand].shape)
+        g = factors.projected(None, None)  # [B, p, patch]
+        return g.reshape(len(g), *factors.primals[factors.operand].shape)
     if isinstance(factors, Directional):
         return _differentiated(factors)
     return None

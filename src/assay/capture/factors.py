@@ -132,19 +132,73 @@ def summed_to(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Patches(Directional):
-    """`g_i = Σ_l b_il ⊗ patch_il` of a convolution in one group, b `[B, p, …]`.
+class Windows:
+    """Where a convolution lays its kernel on its input.
 
-    `call(kernels [r, …])` takes any number of kernels, and answers every patch's inner products with them.
+    Args:
+        kernel: size of the kernel in each dimension of space.
+        stride: steps from one position to the next.
+        padding: zeros before and behind.
+        dilation: steps between the entries of the kernel.
+        groups: of channels.
     """
 
-    def products(self, matrix: Tensor | None) -> Tensor:
-        """`[B, positions, r]`: each patch times the rows of a matrix `[r, patch]`; None gives the patches."""
-        weight = self.primals[self.operand]
-        if matrix is None:
-            matrix = torch.eye(weight[0].numel(), device=weight.device)
-        kernels = matrix.to(weight.dtype).reshape(-1, *weight.shape[1:])
-        return self.call(kernels).flatten(2).mT
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def unfolded(self, x: Tensor) -> Tensor:
+        """`[B, groups, patch, positions]`: what lies under the kernel, of x `[B, channels, …]`.
+
+        Example:
+            >>> windows = Windows((2,), (1,), ((0, 1),), (1,), 1)
+            >>> windows.unfolded(torch.tensor([[[1.0, 2.0, 3.0]]]))
+            tensor([[[[1., 2., 3.],
+                      [2., 3., 0.]]]])
+        """
+        dimensions = len(self.kernel)
+        if any(any(sides) for sides in self.padding):
+            x = F.pad(x, [size for sides in reversed(self.padding) for size in sides])
+        for i, (size, stride, apart) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            x = x.unfold(2 + i, apart * (size - 1) + 1, stride)[..., ::apart]
+        space = range(2, 2 + dimensions)
+        x = x.permute(0, 1, *(d + dimensions for d in space), *space)  # [B, channels, *kernel, *positions]
+        return x.reshape(len(x), self.groups, -1, x.shape[2 + dimensions :].numel())
+
+
+@dataclass(frozen=True)
+class Patches(Directional):
+    """`g_i = Σ_l b_il ⊗ patch_il` of a convolution, group by group, b `[B, p, …]`.
+
+    `call(kernels, x)` takes any number of kernels; `primals` are the kernels and x.
+    """
+
+    windows: Windows
+
+    def projected(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """`[B, r0, r1]`: the gradients seen as `[p, patch]`, between `[r0, p]` and `[r1, patch]`; None keeps a side."""
+        weight, x = self.primals
+        b, groups = self.b.flatten(2), self.windows.groups  # [B, p, positions]
+        if groups > 1:
+            patches = self.windows.unfolded(x)
+            patches = _wide(
+                patches if right is None else right.to(x.dtype) @ patches
+            )  # [B, groups, r1, positions]
+            g = (_wide(b).unflatten(1, (groups, -1)) @ patches.mT).flatten(1, 2)  # [B, p, r1]
+            return g if left is None else left.to(g.dtype) @ g
+        if right is None:
+            patches = self.windows.unfolded(x)[:, 0]
+        else:  # the patches' products with the rows of a matrix are a convolution with these for kernels
+            patches = self.call(right.to(weight.dtype).reshape(-1, *weight.shape[1:]), x).flatten(2)
+        b = b if left is None else left.to(b.dtype) @ b
+        return _wide(b) @ _wide(patches).mT
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In at least float32, for sums."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def apart_from(factors: Factors, storages: Container[int]) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -263,7 +263,9 @@ class Index:
         directions = self._directions(model, queries, loss_fn, damping, curvature)
         shape = [len(directions), len(self)] + ([len(self._header.layers)] if by else [])
         scores = directions.new_empty(shape)
-        for start, part in self._scores(directions, damping, normalize, curvature, by):
+        own = self._self_influence(damping, curvature) if normalize == "relatif" else None
+        layers = self._header.layers if by else None
+        for start, part in stream_scores(self._rows, directions, normalize, own, layers):
             scores[:, start : start + part.shape[1]] = part
         return scores
 
@@ -366,10 +368,10 @@ class Index:
         if not isinstance(k, int) or k < 1:
             raise InputError(f"search(k={k!r}): k must be a positive whole number.")
         directions = self._directions(model, queries, loss_fn, damping, curvature)
+        own = self._self_influence(damping, curvature) if normalize == "relatif" else None
         if workers is None or workers.number == 1:
-            best, rows = best_rows(self._scores(directions, damping, normalize, curvature), k)
+            best, rows = best_rows(self._rows, directions, k, normalize, own)
         else:
-            own = self._self_influence(damping, curvature) if normalize == "relatif" else None
             place = self._folder.below("rows").place
             best, rows = best_by(workers, place, self._rows, directions, k, normalize, own)
         found = rows.shape[1]
@@ -429,18 +431,6 @@ class Index:
                 stacklevel=4,
             )
         return Projector(weights, sides_of(self._folder, self._header, weights))
-
-    def _scores(
-        self,
-        directions: Tensor,
-        damping: float,
-        normalize: Normalize | None,
-        curvature: Curvature,
-        by: Literal["layer"] | None = None,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """`(start, [Q, n])` or `[Q, n, layers]`, piece by piece."""
-        own = self._self_influence(damping, curvature) if normalize == "relatif" else None
-        return stream_scores(self._rows, directions, normalize, own, self._header.layers if by else None)
 
     def _self_influence(self, damping: float, curvature: Curvature) -> Tensor:
         """`[N]`, kept for the last damping."""

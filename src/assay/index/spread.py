@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import InputError
-from assay.index.scores import best_rows, stream_scores
+from assay.index.scores import best_rows
 from assay.methods.influence import Normalize
 from assay.rows import Folder, RowReader
 from assay.workers import Workers
@@ -86,8 +86,7 @@ def _best_of_range(
     normalize: Normalize | None,
     own: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = RowReader(Folder(place))
-    return best_rows(stream_scores(rows, directions, normalize, own, between=(start, stop)), k)
+    return best_rows(RowReader(Folder(place)), directions, k, normalize, own, (start, stop))
 
 
 def _ranges(total: int, piece: int, number: int) -> Iterator[tuple[int, int]]:

@@ -2,16 +2,17 @@
 
 Each of as many threads as torch computes with takes whole pieces: it waits for the piece, widens it block by block and
 multiplies every block while it is in the processor's cache. The products inside a thread use that thread alone: torch's
-own threads would wait for each other after every small block, and for the threads that read.
+own threads would wait for each other after every small block, and for the threads that read. What is to be done with a
+piece's products is done by the same thread, for the same reason.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -24,21 +25,24 @@ __all__ = ["products"]
 
 BLOCK_BYTES = 2 << 20
 
-Product = tuple[Tensor, Tensor | None]
+R = TypeVar("R")
 
 
 def products(
     rows: RowReader,
     directions: Tensor,
+    then: Callable[[int, Tensor, Tensor | None], R],
     parts: Sequence[slice] | None = None,
     lengths: bool = False,
     between: tuple[int, int] | None = None,
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Inner products piece by piece, in order: `(start, [Q, n], [n] or None)`.
+) -> Iterator[R]:
+    """Inner products piece by piece: what `then` makes of each, in the order of the rows.
 
     Args:
         rows: the stored rows.
         directions: `[Q, width]`.
+        then: `then(start, products, lengths)` is given the first row of a piece, `[Q, n]` and `[n]` or None, and is
+            called by the thread that has multiplied it.
         parts: columns whose products are wanted apart, `[Q, n, parts]` then.
         lengths: whether the lengths of the rows are wanted as well.
         between: `(start, stop)` of the rows; all of them by default.
@@ -46,7 +50,7 @@ def products(
     begin, end = between or (0, len(rows))
     threads, size = torch.get_num_threads(), rows.piece_rows()
     turned = directions.t().contiguous()  # [width, Q]
-    waiting: deque[tuple[int, Future[Product]]] = deque()
+    waiting: deque[Future[R]] = deque()
     rooms: SimpleQueue[npt.NDArray[Any]] = SimpleQueue()
     for _ in range(threads):
         rooms.put(rows.new_room())
@@ -55,16 +59,14 @@ def products(
             for start in range(begin, end, size):
                 stop = min(start + size, end)
                 waiting.append(
-                    (start, pool.submit(_piece, rows, rooms, threads, start, stop, turned, parts, lengths))
+                    pool.submit(_piece, rows, rooms, threads, start, stop, turned, then, parts, lengths)
                 )
                 if len(waiting) > threads:
-                    first, done = waiting.popleft()
-                    yield first, *done.result()
+                    yield waiting.popleft().result()
             while waiting:
-                first, done = waiting.popleft()
-                yield first, *done.result()
+                yield waiting.popleft().result()
         finally:  # the caller may have had enough
-            for _, done in waiting:
+            for done in waiting:
                 done.cancel()
 
 
@@ -75,15 +77,16 @@ def _piece(
     start: int,
     stop: int,
     turned: Tensor,
+    then: Callable[[int, Tensor, Tensor | None], R],
     parts: Sequence[slice] | None,
     lengths: bool,
-) -> Product:
-    """`[Q, n]` and `[n]` of the rows from start to stop, by this thread alone."""
+) -> R:
+    """What `then` makes of the rows from start to stop, by this thread alone."""
     room = rooms.get()
     torch.set_num_threads(1)  # of this thread; others keep theirs
     try:
         stored, scales = rows.stored_piece(start, stop, room)
-        return _multiplied(stored, scales, rows.manifest.blocks, turned, parts, lengths)
+        return then(start, *_multiplied(stored, scales, rows.manifest.blocks, turned, parts, lengths))
     finally:
         torch.set_num_threads(threads)  # also what threads to come begin with
         rooms.put(room)
@@ -96,7 +99,8 @@ def _multiplied(
     turned: Tensor,
     parts: Sequence[slice] | None,
     lengths: bool,
-) -> Product:
+) -> tuple[Tensor, Tensor | None]:
+    """`[Q, n]` and `[n]`."""
     n, (width, queries) = len(stored), turned.shape
     size = max(1, BLOCK_BYTES // (width * turned.element_size()))
     room = turned.new_empty(min(size, n), width)

@@ -186,7 +186,8 @@ class Patches(Directional):
             patches = _wide(
                 patches if right is None else right.to(x.dtype) @ patches
             )  # [B, groups, r1, positions]
-            g = (_wide(b).unflatten(1, (groups, -1)) @ patches.mT).flatten(1, 2)  # [B, p, r1]
+            b = _wide(b).reshape(len(b), groups, -1, b.shape[-1])
+            g: Tensor = (b @ patches.mT).flatten(1, 2)  # [B, p, r1]
             return g if left is None else left.to(g.dtype) @ g
         if right is None:
             patches = self.windows.unfolded(x)[:, 0]

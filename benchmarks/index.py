@@ -165,7 +165,7 @@ class _Logger:
 
     def curvature(self) -> None:
         """The Fisher matrices, which a build forms from the rows at its end."""
-        squares = 0
+        squares = 0.0
         for _, piece in RowReader(self.folder.below("rows")).pieces():
             for layer in self.projector.layers:
                 part = piece[:, layer.columns]

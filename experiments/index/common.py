@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Task:
         seeds: of the retrainings.
         checkpoints: seeds of the models that are attributed.
         rank: of the projections.
+        methods: what is compared: by name, the kind of index and of curvature.
     """
 
     make_model: Callable[[], nn.Module]
@@ -43,6 +44,7 @@ class Task:
     seeds: Sequence[int]
     checkpoints: Sequence[int]
     rank: int
+    methods: Mapping[str, tuple[str, str]] = field(default_factory=lambda: METHODS)
 
     @property
     def examples(self) -> int:
@@ -93,13 +95,21 @@ METHODS: dict[str, tuple[str, str]] = {
     "KFAC, no projection": ("axes", "kfac"),
     "EKFAC, no projection": ("axes", "ekfac"),
 }
+LINEAR_METHODS: dict[str, tuple[str, str]] = {
+    "LoGra-random, linear weights only": ("linear random", "fisher"),
+    "EKFAC, no projection, linear weights only": ("linear axes", "ekfac"),
+}
 
 
-def build(task: Task, model: nn.Module, kind: str, seed: int = 0, rank: int | None = None) -> assay.Index:
-    """An index in memory; "axes" turns to all principal axes and keeps everything."""
-    rank = None if kind == "axes" else rank or task.rank
+def build(task: Task, model: nn.Module, kind: str, seed: int = 0) -> assay.Index:
+    """An index in memory; "axes" turns to all principal axes and keeps everything, "linear" leaves all else out."""
+    linear, kind = kind.startswith("linear "), kind.removeprefix("linear ")
+    rank = None if kind == "axes" else task.rank
     projection = assay.Projection(rank=rank, kind="pca" if kind == "axes" else kind, seed=seed)  # type: ignore[arg-type]
-    return assay.Index.build(model, task.batches(), task.loss_fn, projection=projection, dtype="fp32")
+    return assay.Index.build(
+        model, task.batches(), task.loss_fn, projection=projection, dtype="fp32",
+        layers=[nn.Linear] if linear else None, exclude=["*bias"] if linear else (),
+    )  # fmt: skip
 
 
 def attribute(
@@ -116,11 +126,11 @@ def attribute(
     times: dict[str, list[float]] = {}
     for seed in task.checkpoints:
         model = task.checkpoint(seed)
-        for kind in dict.fromkeys(kind for kind, _ in METHODS.values()):
+        for kind in dict.fromkeys(kind for kind, _ in task.methods.values()):
             started = time.perf_counter()
             index = build(task, model, kind, seed)
             built = time.perf_counter() - started
-            for name, (of, curvature) in METHODS.items():
+            for name, (of, curvature) in task.methods.items():
                 if of != kind:
                     continue
                 started = time.perf_counter()
@@ -128,7 +138,9 @@ def attribute(
                 times.setdefault(name, []).append(built + time.perf_counter() - started)
                 at_default.setdefault(name, []).append(truth.score(scores).per_query)
                 together[name] = together.get(name, torch.zeros(())) + scores
-                ranks = (None, task.rank // 2, task.rank // 4) if kind in ("random", "pca") else (None,)
+                ranks = (
+                    (None, task.rank // 2, task.rank // 4) if kind.endswith(("random", "pca")) else (None,)
+                )
                 found = index.tune(
                     model, [task.queries], task.loss_fn, truth, DAMPINGS, [curvature], ranks,  # type: ignore[list-item]
                 )  # fmt: skip
@@ -137,7 +149,7 @@ def attribute(
                     sweeps.setdefault((name, rank, row["damping"]), []).append(row["score"])
                 held_out.setdefault(name, []).append(found.held_out.mean)
     table, per_query = [], {}
-    for name in METHODS:
+    for name in task.methods:
         per_query[name] = torch.stack(at_default[name]).mean(0)
         score = mean_with_interval(per_query[name])
         ensemble = truth.score(together[name])

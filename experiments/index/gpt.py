@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from assay.demo.gpt import GPT, GPTConfig
 from assay.evaluate.subsets import SubsetTraining
 from experiments.command import run_as_command
-from experiments.index.common import Task, attribute, difference
+from experiments.index.common import LINEAR_METHODS, METHODS, Task, attribute, difference
 from experiments.index.peers import compare_peers
 from experiments.paths.common import CONTEXT, mixture, rows
 
@@ -48,7 +48,8 @@ def task() -> Task:
         make_model, losses,
         data=pair(mixture(DOMAINS, EXAMPLES, seed=0)), queries=pair(asked),
         training=SubsetTraining(adamw, epochs=12, batch=32),
-        subsets=64, seeds=range(3), checkpoints=range(4), rank=16,
+        subsets=64, seeds=range(3), checkpoints=range(3), rank=16,
+        methods=METHODS | LINEAR_METHODS,
     )  # fmt: skip
 
 
@@ -59,6 +60,7 @@ def experiment(cache: Path) -> dict[str, Any]:
     table, per_query, sweep = attribute(gpt, truth)
     steps = [
         ("EKFAC, no projection", "LoGra-random"),
+        ("EKFAC, no projection, linear weights only", "EKFAC, no projection"),
         ("LoGra-random", "LoGra-PCA"),
         ("LoGra-random", "plain dot product"),
     ]

@@ -29,7 +29,7 @@ def compare_peers(task: Task, truth: SubsetTruth) -> list[dict[str, Any]]:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed: its row is left out (pip install {package})")
             continue
-        row = {"package": package, "version": version, "method": method}
+        row: dict[str, Any] = {"package": package, "version": version, "method": method}
         scores, seconds = [], 0.0
         try:
             for seed in task.checkpoints:
@@ -64,7 +64,7 @@ def kronfluence_ekfac(empirical: bool, damping: float | None) -> Callable[[Task,
         from kronfluence.arguments import FactorArguments, ScoreArguments
         from kronfluence.task import Task as Base
 
-        class Objective(Base):
+        class Objective(Base):  # type: ignore[misc]
             def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
                 if not sample:
                     return task.losses(model, batch).sum()

@@ -107,8 +107,13 @@ def stream_factors(
         CoverageError: a parameter is used in a way that has no exact rule.
     """
     capture = Capture(weights, size, strict=True)  # torch's own kernels: no weight gradient is asked of them
-    capture.takes.append(take)
     due = check
+
+    def counted(weight: Weight, factors: Factors) -> None:
+        if weights.counts(weight, factors):
+            take(weight, factors)
+
+    capture.takes.append(counted)
 
     def enter(module: Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal due

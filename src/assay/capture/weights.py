@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves
 
-from assay.capture.marks import leaf
+from assay.capture.factors import Factors, Lookup
+from assay.capture.marks import Weight, leaf
 
 __all__ = ["Weights", "constants_of"]
 
@@ -37,6 +38,8 @@ class Weights:
         constants: further tensors of the model that carry no sample (buffers).
         stand_ins: what the forward pass uses in the place of a parameter, where that is another tensor (the gathered
             form of a shard).
+        lookups: tied parameters of which only a part of the uses counts where factors are streamed: True for those that
+            look rows up, False for all others.
 
     Attributes:
         uncovered: parameters that the fallback measures, and why.
@@ -49,10 +52,12 @@ class Weights:
         groups: Mapping[Parameter, int],
         constants: Iterable[Tensor] = (),
         stand_ins: Mapping[Parameter, Tensor] | None = None,
+        lookups: Mapping[Parameter, bool] | None = None,
     ) -> None:
         self.names = {param: name for name, param in named}
         self.groups = {param: groups[param] for param in self.names}
         self.stand_ins = stand_ins or {}
+        self.lookups = lookups or {}
         self.marks = {id(self.used(param)): leaf(param, self.groups[param]) for param in self.names}
         self.constants = {id(tensor): tensor for tensor in constants}  # held, so that no id is given anew
         self.uncovered: dict[Parameter, str] = {}
@@ -68,6 +73,11 @@ class Weights:
     def used(self, param: Parameter) -> Tensor:
         """What the forward pass uses of a parameter: autograd's leaf."""
         return self.stand_ins.get(param, param)
+
+    def counts(self, weight: Weight, factors: Factors) -> bool:
+        """Whether a use is one of those that count."""
+        wanted = {self.lookups[p] for p in weight.params if p in self.lookups}
+        return not wanted or isinstance(factors, Lookup) in wanted
 
     @property
     def params(self) -> list[Parameter]:

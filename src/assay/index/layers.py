@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module, Parameter
 
 from assay.capture import Weights, constants_of
 from assay.errors import InputError
@@ -17,6 +17,9 @@ __all__ = ["select", "weights_named"]
 
 def select(model: Module, layers: Iterable[str | type[Module]] | None, exclude: Iterable[str]) -> Weights:
     """The trainable parameters to watch.
+
+    A weight that an embedding shares with another layer counts with all its uses under its first name. Where only that
+    layer is chosen (`layers=[torch.nn.Linear]`: the head, not the table), its uses there are all that counts.
 
     Args:
         model: the model.
@@ -28,19 +31,45 @@ def select(model: Module, layers: Iterable[str | type[Module]] | None, exclude: 
         InputError: a name that matches nothing, or nothing is left.
     """
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    further = _further_names(model, named)
     wanted = set(named)
     if layers is not None:
         wanted = set()
         for layer in [layers] if isinstance(layers, (str, type)) else layers:
+            every = {**named, **further}
             wanted |= (
-                _of_type(model, layer, named) if isinstance(layer, type) else _named(layer, named, "layers")
+                _of_type(model, layer, every) if isinstance(layer, type) else _named(layer, every, "layers")
             )
+    there_to_exclude = {**named, **{name: param for name, param in further.items() if name in wanted}}
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        wanted -= _named(pattern, named, "exclude")
-    kept = [(name, param) for name, param in named.items() if name in wanted]
+        wanted -= _named(pattern, there_to_exclude, "exclude")
+    kept = {param: name for name, param in named.items() if name in wanted}
+    for name, param in further.items():
+        if name in wanted:
+            kept.setdefault(param, name)
     if not kept:
         raise InputError("Index.build(model, ...): no trainable parameter is left to watch.")
-    return Weights(kept, {param: 0 for _, param in kept}, constants_of(model))
+    return _weights(model, [(name, param) for param, name in kept.items()])
+
+
+def _further_names(model: Module, named: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The other names of weights that an embedding shares with another kind of layer."""
+    first = {param: name for name, param in named.items()}
+    return {
+        name: param
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if param in first and _looks_up(model, name) != _looks_up(model, first[param])
+    }
+
+
+def _looks_up(model: Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Embedding)
+
+
+def _weights(model: Module, kept: list[tuple[str, Parameter]]) -> Weights:
+    first = {param: name for name, param in model.named_parameters()}
+    lookups = {param: _looks_up(model, name) for name, param in kept if name != first[param]}
+    return Weights(kept, {param: 0 for _, param in kept}, constants_of(model), lookups=lookups)
 
 
 def weights_named(model: Module, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -50,6 +79,7 @@ def weights_named(model: Module, shapes: Mapping[str, tuple[int, ...]]) -> Weigh
         InputError: the model lacks one of them, or has it in another shape; it is named.
     """
     named = dict(model.named_parameters())
+    named |= _further_names(model, named)
     for name, shape in shapes.items():
         param = named.get(name)
         if param is None or tuple(param.shape) != shape or not param.requires_grad:
@@ -64,8 +94,7 @@ def weights_named(model: Module, shapes: Mapping[str, tuple[int, ...]]) -> Weigh
                 f"the index holds parameter {name!r} of shape {list(shape)}, and this model {found}: query with the "
                 "model that was indexed."
             )
-    kept = [(name, named[name]) for name in shapes]
-    return Weights(kept, {param: 0 for _, param in kept}, constants_of(model))
+    return _weights(model, [(name, named[name]) for name in shapes])
 
 
 def _of_type(model: Module, kind: type[Module], named: Mapping[str, Tensor]) -> set[str]:

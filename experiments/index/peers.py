@@ -139,7 +139,7 @@ def dattri_logra(damping: float | None) -> Callable[[Task, nn.Module, str], Tens
         def loss(model: nn.Module, batch: Any, device: str) -> Tensor:
             return task.losses(model, batch).sum()
 
-        model.forward = batched  # type: ignore[method-assign]
+        model.forward = batched
         train, test = loaders(task)
         objective = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
         attributor = LoGraAttributor(objective, proj_dim=task.rank**2, offload="none", damping=damping)

@@ -4,13 +4,14 @@
   per second of both, interleaved; a GPT and a small convolutional network;
 * query: `search` over stored rows, beside reading the same bytes with one `read` per shard, widening them and one GEMM
   with the same directions;
-* memory: the peak of a search in a process of its own, over N and over 100 N rows;
+* memory: the peak of a search in a process of its own, over N, 10 N and 100 N rows, with pieces and shards of 1 MiB, so
+  that N rows are several of them (with the default of 32 MiB they would be a part of one); and the bytes of the ids;
 * million: 64 queries over 2^20 rows of dimension 4,096.
 
 Rows of the last three are drawn, not logged: what is measured does not depend on their values. The machine's cache of
 files is warm where they fit; the table says how many bytes that is.
 
-    python benchmarks/index.py            # about six minutes on two cores, 4 GiB of disk for a while
+    python benchmarks/index.py            # about six minutes on two idle cores, 4 GiB of disk for a while
     python benchmarks/index.py --quick    # half a minute, nothing written
 """
 
@@ -42,6 +43,7 @@ from assay.rows import Folder, RowDtype, RowReader, RowWriter, reader
 RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).parent
 RANK, QUERIES, K = 64, 64, 10
+PIECE = 1 << 20  # bytes of the pieces in the comparison of memory
 
 
 def _sibling(name: str) -> Any:
@@ -182,9 +184,9 @@ def _passes(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batches: Se
 # --- queries ---
 
 
-def write_rows(folder: Path, count: int, width: int, dtype: RowDtype) -> float:
-    """Fill a store with drawn rows; seconds."""
-    writer = RowWriter(Folder(folder), width, dtype)
+def write_rows(folder: Path, count: int, width: int, dtype: RowDtype, size: int | None = None) -> float:
+    """Fill a store with drawn rows, in shards of so many; seconds."""
+    writer = RowWriter(Folder(folder), width, dtype, shard=size)
     shard = writer.manifest.shard
     generator = torch.Generator().manual_seed(0)
     some = torch.randn(shard, width, generator=generator)
@@ -256,30 +258,36 @@ def measure_queries(options: argparse.Namespace, folder: Path, dtype: RowDtype) 
 
 
 def measure_memory(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Peak of a search in a process of its own, for N and for 100 N rows."""
-    few, width = (512, 512) if options.quick else (4096, 1024)
+    """Peak of a search in a process of its own, for N, 10 N and 100 N rows."""
+    few, width = (4096, 64) if options.quick else (4096, 1024)
     found = []
-    for count in (few, 100 * few):
+    for count in (few, 10 * few, 100 * few):
         place = folder / f"memory-{count}"
-        write_rows(place, count, width, "bf16")
-        command = [sys.executable, __file__, "--peak-of", str(place), "--threads", str(options.threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found.append({"rows": count, "width": width, "peak_bytes": int(done.stdout.split()[-1])})
+        write_rows(place, count, width, "bf16", PIECE // (2 * width))
+        found.append(
+            {"rows": count, "width": width, "bytes": 2 * count * width, **peak_apart(place, PIECE, options)}
+        )
         shutil.rmtree(place)
     return found
 
 
-def peak(folder: Path) -> int:
-    """Bytes that a search with pieces of 1 MiB needs at most, beyond what was resident before.
+def peak_apart(place: Path, piece: int | None, options: argparse.Namespace) -> dict[str, int]:
+    """`peak` in a process of its own."""
+    command = [sys.executable, __file__, "--peak-of", str(place), "--threads", str(options.threads)]
+    command += ["--piece", str(piece)] if piece else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(zip(("peak_bytes", "id_bytes"), map(int, done.stdout.split()[-2:]), strict=True))
 
-    With the default of 32 MiB the few rows would be a single piece, and the comparison one with nothing.
-    """
-    reader.PIECE_BYTES = 1 << 20
-    width = RowReader(Folder(folder)).width
-    directions = torch.randn(QUERIES, width)
+
+def peak(folder: Path, piece: int | None) -> tuple[int, int]:
+    """Bytes that a search needs at most, beyond what was resident before; and those of the ids among them."""
+    if piece:
+        reader.PIECE_BYTES = piece
+    directions = torch.randn(QUERIES, json.loads((folder / "manifest.json").read_text())["width"])
     before = overhead.resident_peak(afresh=True)
-    search(folder, directions)
-    return int(overhead.resident_peak() - before)
+    rows = RowReader(Folder(folder))
+    best_rows(rows, directions, K)
+    return int(overhead.resident_peak() - before), rows.table.estimated_size()
 
 
 def measure_million(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
@@ -293,12 +301,13 @@ def measure_million(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     place = folder / "million"
     written = write_rows(place, count, width, dtype)
     directions = torch.randn(QUERIES, width)
-    times = [_seconds(lambda: search(place, directions)) for _ in range(3)]
+    times = [_seconds(lambda: search(place, directions)) for _ in range(2 if options.quick else 3)]
+    memory = peak_apart(place, None, options)
     shutil.rmtree(place)
     return {
         "rows": count, "width": width, "dtype": dtype, "bytes": needed, "queries": QUERIES, "k": K,
         "write_seconds": written, "seconds": overhead.summary(times),
-        "pairs_per_second": overhead.summary([count * QUERIES / t for t in times]),
+        "pairs_per_second": overhead.summary([count * QUERIES / t for t in times]), **memory,
     }  # fmt: skip
 
 
@@ -335,14 +344,15 @@ def show(document: dict[str, Any], console: Console) -> None:
     console.print(table)
     for row in document["memory"]:
         console.print(
-            f"peak of a search over {row['rows']} rows, pieces of 1 MiB: {row['peak_bytes'] / 2**20:.1f} MiB"
+            f"peak of a search over {row['rows']} rows ({row['bytes'] / 2**20:.0f} MiB), pieces of 1 MiB: "
+            f"{row['peak_bytes'] / 2**20:.1f} MiB, of them ids {row['id_bytes'] / 2**20:.1f} MiB"
         )
     million = document["million"]
     if million:
         console.print(
             f"{million['queries']} queries over {million['rows']} x {million['width']} {million['dtype']}: "
             f"{million['seconds']['median']:.1f} s, {million['pairs_per_second']['median']:,.0f} pairs/s; written in "
-            f"{million['write_seconds']:.0f} s"
+            f"{million['write_seconds']:.0f} s; peak {million['peak_bytes'] / 2**20:.0f} MiB with pieces of 32 MiB"
         )
 
 
@@ -367,6 +377,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--out", type=Path, help="JSON file (results/index-cpu.json)")
     result.add_argument("--peak-of", type=Path, help=argparse.SUPPRESS)
+    result.add_argument("--piece", type=int, help=argparse.SUPPRESS)
     return result
 
 
@@ -377,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.device = "cpu"
     torch.set_num_threads(options.threads)
     if options.peak_of:
-        print(peak(options.peak_of))
+        print(*peak(options.peak_of, options.piece))
         return
     chosen = options.only or ["logging", "queries", "memory", "million"]
     console = Console()

@@ -7,7 +7,7 @@ knows nothing of the questions has one row.
 from assay.evaluate.baselines.base import Scorer, Scores, score, unavailable
 from assay.evaluate.baselines.gradients import Cosine, DotProduct, GradientNorm, TracIn
 from assay.evaluate.baselines.knn import KNNShapley
-from assay.evaluate.baselines.own import Adjoint, Embeddings, Influence, InRun
+from assay.evaluate.baselines.own import Adjoint, Embeddings, Influence, InRun, SelfInfluence
 from assay.evaluate.baselines.retraining import RetrainingShapley
 from assay.evaluate.baselines.similarity import FeatureSimilarity, TextSimilarity
 from assay.evaluate.baselines.simple import FinalLoss, Random
@@ -30,6 +30,7 @@ __all__ = [
     "RetrainingShapley",
     "Scorer",
     "Scores",
+    "SelfInfluence",
     "TextSimilarity",
     "TracIn",
     "Trak",

@@ -16,7 +16,7 @@ from assay.projection import Projection
 from assay.store import Ledger
 from assay.targets import Target
 
-__all__ = ["Adjoint", "Embeddings", "InRun", "Influence"]
+__all__ = ["Adjoint", "Embeddings", "InRun", "Influence", "SelfInfluence"]
 
 
 def by_example(ledger: Ledger, values: Tensor, examples: int) -> Tensor:
@@ -120,6 +120,34 @@ class Influence:
         index = Index.build(model, task.batches(), task.loss_fn, projection=projection, dtype="fp32")
         found = index.influence(model, [task.queries], task.loss_fn, self.damping, self.normalize, curvature)
         return task.merged(found)
+
+
+@dataclass(frozen=True)
+class SelfInfluence:
+    """Minus the influence of an example on itself: what only it could teach the model is held to be a mistake.
+
+    Args:
+        rank: of the random projections.
+        damping: in mean eigenvalues of each layer.
+
+    Source: Koh and Liang, Understanding Black-box Predictions via Influence Functions, ICML 2017, arXiv 1703.04730,
+    section 5.4.
+    """
+
+    rank: int = 16
+    damping: float = 0.1
+    name: str = "low self-influence"
+
+    def scores(self, task: Task) -> Tensor:
+        """`[1, N]`."""
+        index = Index.build(
+            task.trained.model,
+            task.batches(),
+            task.loss_fn,
+            projection=Projection(rank=self.rank),
+            dtype="fp32",
+        )
+        return -index.self_influence(self.damping)["self_influence"].to_torch()[None]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,19 @@
-"""Sections of `docs/results.md` on whether values are of any use, each in the shape of `experiments.evidence.shape`."""
+"""Sections of `docs/results.md` on whether values are of any use, each in the shape of `experiments.evidence.shape`.
+
+A section is on the page as soon as its result is there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from experiments.command import RESULTS
+from experiments.evidence import truth_page
 from experiments.tables import Result
 
 __all__ = ["PLOTS", "SECTIONS"]
 
-SECTIONS: dict[str, Callable[[Result], str]] = {}
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    name: section for name, section in truth_page.SECTIONS.items() if (RESULTS / f"{name}.json").exists()
+}
 PLOTS: dict[str, tuple[str, Callable[[Result], str]]] = {}

@@ -30,14 +30,22 @@ def cell(found: dict[str, Any], digits: int = 3, best: bool = False) -> str:
 
 
 def section(
-    r: Result, title: str, what: str, head: Sequence[str], rows: Iterable[Sequence[Any]], findings: str = ""
+    r: Result,
+    title: str,
+    what: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    findings: str = "",
+    interval: bool = True,
 ) -> str:
     """A section: what was done, by how many seeds, the table, and what it says in words.
+
+    With `interval=False` the text says itself what the intervals are.
 
     The command, and how long it took, stand below each section of the page.
     """
     seeds = r["seeds"] if isinstance(r["seeds"], int) else len(r["seeds"])
     known = f"{seeds} seed{'' if seeds == 1 else 's'}"
-    if seeds > 1:
+    if seeds > 1 and interval:
         known += "; in brackets 95 % intervals of the mean over the seeds (Student's t)"
     return f"## {title}\n\n{what} {known}.\n\n{table(head, rows)}" + (f"\n{findings}\n" if findings else "")

@@ -15,6 +15,7 @@ from assay.cli.bench import bench
 from assay.cli.credit import credit
 from assay.cli.demo import demo
 from assay.cli.doctor import doctor
+from assay.cli.evaluate import evaluate
 from assay.cli.index import index
 from assay.cli.influence import influence
 from assay.cli.plan import plan
@@ -44,6 +45,7 @@ app.command()(index)
 app.command()(search)
 app.command()(adjoint)
 app.command()(rerun)
+app.command()(evaluate)
 app.command()(select)
 app.command()(credit)
 app.command()(serve)

@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from assay.errors import InputError, StoreError
+from assay.errors import InputError
+from assay.evaluate.cache import Cache
 from assay.evaluate.functional import State, check_functional, step
 from assay.evaluate.intervals import Score, mean_with_interval
 from assay.evaluate.lds import linear_datamodeling_score
-from assay.rows import Folder
 from assay.workers import Local, Workers
 
 __all__ = [
@@ -255,11 +255,10 @@ def retrained_losses(
     Raises:
         StoreError: the cache belongs to other data or settings, or cannot be written.
     """
-    folder = None if cache is None else Folder(cache)
-    if folder is not None:
-        _claim(folder, _settings(make_model, data, queries, kept, training, at_once, measure))
+    settings = {} if cache is None else _settings(make_model, data, queries, kept, training, at_once, measure)
+    known = Cache(cache, settings)
     blocks = [(seed, start) for seed in seeds for start in range(0, len(kept), at_once)]
-    done = {block: None if folder is None else _read(folder, _file(*block)) for block in blocks}
+    done = {block: known.read(_name(*block)) for block in blocks}
     tasks = (
         (make_model, losses, data, queries, kept[start : start + at_once], training, seed, measure)
         for (seed, start), found in done.items()
@@ -271,8 +270,7 @@ def retrained_losses(
     for (seed, start), found in done.items():
         if found is None:
             found = next(fresh)
-            if folder is not None:
-                folder.write_json(_file(seed, start), {"losses": found.tolist()})
+            known.write(_name(seed, start), found)
         parts[seed].append(found)
         trained += len(found)
         if progress is not None:
@@ -295,8 +293,8 @@ def _retrained(
     return evaluate(make_model(), weights, measure or losses, queries).double()
 
 
-def _file(seed: int, start: int) -> str:
-    return f"losses/seed-{seed}-{start:06d}.json"
+def _name(seed: int, start: int) -> str:
+    return f"seed-{seed}-{start:06d}"
 
 
 def pick(data: Any, rows: Tensor) -> Any:
@@ -358,17 +356,3 @@ def _settings(
         "at_once": at_once,
         "crc": f"{crc:08x}",
     } | ({} if measure is None else {"measure": getattr(measure, "__qualname__", type(measure).__name__)})
-
-
-def _claim(folder: Folder, settings: dict[str, Any]) -> None:
-    """A new cache, or one of the very same settings."""
-    found = folder.read_json("settings.json")
-    if found is None:
-        folder.write_json("settings.json", settings)
-    elif found != settings:
-        raise StoreError(f"{folder.place} caches retrainings of other data or settings: name another cache=")
-
-
-def _read(folder: Folder, name: str) -> Tensor | None:
-    found = folder.read_json(name)
-    return None if found is None else torch.tensor(found["losses"], dtype=torch.float64)

@@ -102,6 +102,7 @@ class Task:
         queries: the same of what is asked for.
         loop: the training.
         together: one score per example, for the mean loss of all queries, in place of one for each query.
+        groups: `[Q]`, the group of each query, from 0: one score per example for the mean loss of each group.
         features: `features(model, rows)`, `[B, d]`: a representation.
         labels: of the examples and of the queries, `[N]` and `[Q]`, where they have classes.
         texts: of the examples and of the queries, where they are texts.
@@ -124,6 +125,7 @@ class Task:
     queries: Any
     loop: Loop
     together: bool = False
+    groups: Sequence[int] | None = None
     features: Callable[[Module, Any], Tensor] | None = None
     labels: tuple[Tensor, Tensor] | None = None
     texts: tuple[Sequence[str], Sequence[str]] | None = None
@@ -140,6 +142,13 @@ class Task:
         """How many queries there are."""
         return rows_in(self.queries)
 
+    @property
+    def questions(self) -> list[list[int]]:
+        """The queries that are asked for together: each by itself, by group, or all of them."""
+        if self.groups is None:
+            return [list(range(self.asked))] if self.together else [[i] for i in range(self.asked)]
+        return [[i for i, own in enumerate(self.groups) if own == g] for g in range(max(self.groups) + 1)]
+
     @cached_property
     def trained(self) -> Watched:
         """One training that nothing watched."""
@@ -150,18 +159,18 @@ class Task:
         return self.losses(model, batch).mean()
 
     def question_batches(self) -> list[Any]:
-        """What one score each is asked for: each query as a batch of one row, or all of them in one batch."""
-        if self.together:
-            return [self.queries]
-        return [pick(self.queries, torch.tensor([i])) for i in range(self.asked)]
+        """A batch of queries for each question."""
+        return [pick(self.queries, torch.tensor(rows)) for rows in self.questions]
 
     def targets(self) -> dict[str, Target]:
         """The same as targets of a run."""
         return {str(i): Target([batch], self.loss_fn) for i, batch in enumerate(self.question_batches())}
 
     def merged(self, scores: Tensor) -> Tensor:
-        """`[questions, N]` of `[Q, N]`: the mean over the queries where they are asked for together."""
-        return scores.mean(0, keepdim=True) if self.together and len(scores) > 1 else scores
+        """`[questions, N]` of `[Q, N]`: the mean over the queries of each question."""
+        if len(scores) != self.asked:
+            return scores
+        return torch.stack([scores[rows].mean(0) for rows in self.questions])
 
     def batches(self, size: int = 100) -> list[tuple[list[int], Any]]:
         """The examples in order, with their numbers."""

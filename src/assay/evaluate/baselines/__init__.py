@@ -10,7 +10,7 @@ from assay.evaluate.baselines.knn import KNNShapley
 from assay.evaluate.baselines.own import Adjoint, Embeddings, Influence, InRun, SelfInfluence
 from assay.evaluate.baselines.retraining import RetrainingShapley
 from assay.evaluate.baselines.similarity import FeatureSimilarity, TextSimilarity
-from assay.evaluate.baselines.simple import FinalLoss, Random
+from assay.evaluate.baselines.simple import FinalLoss, Given, Random
 from assay.evaluate.baselines.trak import Trak
 from assay.evaluate.baselines.words import BM25
 
@@ -22,6 +22,7 @@ __all__ = [
     "Embeddings",
     "FeatureSimilarity",
     "FinalLoss",
+    "Given",
     "GradientNorm",
     "InRun",
     "Influence",

@@ -64,7 +64,7 @@ def score(method: Scorer, task: Task) -> Scores:
     started = time.perf_counter()
     values = method.scores(task).detach().cpu()
     seconds = time.perf_counter() - started
-    questions = 1 if task.together else task.asked
+    questions = len(task.questions)
     if values.dim() != 2 or values.shape[1] != task.examples or len(values) not in (1, questions):
         raise InputError(
             f"{method.name}: scores of shape {list(values.shape)}; they must be [{questions}, {task.examples}] or "

@@ -83,7 +83,7 @@ class Embeddings:
         )  # fmt: skip
         watched = task.loop.train([method])
         embeddings = watched.recorded.embeddings(curvature=self.curvature, blocks=self.blocks)
-        found = embeddings.influence(watched.model, task.question_batches(), task.loss_fn)
+        found = embeddings.influence(watched.model, [task.queries], task.loss_fn)
         return by_example(watched.recorded, task.merged(found), task.examples)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from assay.evaluate.task import Task
 
-__all__ = ["FinalLoss", "Random"]
+__all__ = ["FinalLoss", "Given", "Random"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,20 @@ class FinalLoss:
         """`[1, N]`, in the loss's unit."""
         model = task.trained.model
         return -torch.cat([task.losses(model, batch) for _, batch in task.batches()])[None]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Scores from elsewhere: of a run that was recorded before, or of a rule of one's own.
+
+    Args:
+        name: of them.
+        values: `[questions, N]` or `[1, N]`.
+    """
+
+    name: str
+    values: Tensor
+
+    def scores(self, task: Task) -> Tensor:
+        """The values."""
+        return self.values

@@ -7,11 +7,12 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
 
-from experiments.settings import FORMS, S, read_settings
+from experiments.settings import FORMS, S, Settings, read_settings
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent / "cache"
@@ -71,6 +72,34 @@ def run_parts_as_command(
         keep(file, result | _provenance(module))
 
 
+class Pieces:
+    """A folder that keeps what an experiment has computed on the way, so that one that was stopped goes on.
+
+    Args:
+        folder: of the pieces.
+        settings: what was computed with others is computed again.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.about = rounded(settings.model_dump(mode="json", exclude={"seeds"}))
+        self.seconds = 0.0
+        """What computing the pieces took that were found here."""
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of a piece, JSON-able: found or computed."""
+        file = self.folder / f"{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["about"] == self.about:
+                self.seconds += found["seconds"]
+                return found["result"]
+        started = time.process_time()
+        result = rounded(compute())
+        keep(file, {"about": self.about, "seconds": time.process_time() - started, "result": result})
+        return result
+
+
 def run_seeds_as_command(
     name: str,
     module: str,
@@ -87,34 +116,43 @@ def run_seeds_as_command(
         name: of the JSON file.
         module: that is run, such as "evidence.curation".
         settings: their type and their YAML.
-        one: `one(settings, seed, cache)`, the result of a seed; `cache` is a folder for what others may use too.
+        one: `one(settings, seed, cache)`, the result of a seed; `cache` is a folder for what others may use too, in
+            which its own is below `name`. What it did not compute itself, `Pieces.seconds`, it says in "found_seconds".
         summary: `summary(settings, results)`, the result of all.
     """
-    parser = argparse.ArgumentParser(description=one.__doc__)
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of what is trained")
-    parser.add_argument("--fresh", action="store_true", help="forget the seeds that are done")
-    forms = parser.add_mutually_exclusive_group()
-    for form in FORMS[1:]:
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
-    options = parser.parse_args()
+    options = _options_of_forms(one.__doc__)
     torch.set_num_threads(1)
     chosen = read_settings(*settings, options.form)
-    out = options.out or (RESULTS if options.form == "full" else options.cache / options.form)
+    cache = options.cache / options.form
+    out = options.out or (RESULTS if options.form == "full" else cache)
     file, about = out / f"{name}.json", rounded(chosen.model_dump(mode="json", exclude={"seeds"}))
     result: dict[str, Any] = {"settings": about, "by_seed": {}, "seconds": 0.0}
-    if file.exists() and not options.fresh:
+    if options.fresh:
+        rmtree(cache / name, ignore_errors=True)
+    elif file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
         result = found if found["settings"] == about else result
     for seed in chosen.seeds:
-        if str(seed) in result["by_seed"]:
-            continue
-        started = time.process_time()
-        result["by_seed"][str(seed)] = rounded(one(chosen, seed, options.cache / options.form))
-        result["seconds"] = round(result["seconds"] + time.process_time() - started, 1)
-        keep(file, result | _provenance(module))
-    done = [result["by_seed"][str(seed)] for seed in chosen.seeds]
-    keep(file, result | {"seeds": chosen.seeds} | summary(chosen, done) | _provenance(module))
+        if str(seed) not in result["by_seed"]:
+            started = time.process_time()
+            found = one(chosen, seed, cache)
+            spent = time.process_time() - started + found.pop("found_seconds", 0.0)
+            result["by_seed"][str(seed)] = rounded(found)
+            result["seconds"] = round(result["seconds"] + spent, 1)
+        done = [seed for seed in chosen.seeds if str(seed) in result["by_seed"]]
+        together = summary(chosen, [result["by_seed"][str(seed)] for seed in done])
+        keep(file, result | {"seeds": done} | together | _provenance(module))
+
+
+def _options_of_forms(about: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of what is trained")
+    parser.add_argument("--fresh", action="store_true", help="forget what is done")
+    forms = parser.add_mutually_exclusive_group()
+    for form in FORMS[1:]:
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
+    return parser.parse_args()
 
 
 def keep(file: Path, result: Mapping[str, Any]) -> None:

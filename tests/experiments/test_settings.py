@@ -11,7 +11,7 @@ from pydantic import ValidationError
 if TYPE_CHECKING:
     from experiments.settings import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -46,3 +46,19 @@ def test_a_form_takes_the_place_of_what_it_names(kind: type[Settings], tmp_path:
 def test_a_wrong_key_is_an_error(kind: type[Settings], tmp_path: Path, text: str) -> None:
     with pytest.raises(ValidationError):
         read(kind, tmp_path, text)
+
+
+@pytest.mark.parametrize("form", ["full", "quick", "tiny"])
+@pytest.mark.parametrize(
+    ("module", "kind"), [("pile", "PileSettings"), ("ladder", "LadderSettings"), ("cost", "CostSettings")]
+)
+def test_every_file_of_settings_is_understood(
+    form: Any, module: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from importlib import import_module
+
+    from experiments.settings import read_settings
+
+    file = ROOT / "experiments" / "evidence" / f"{'curation' if module == 'pile' else module}.yaml"
+    assert read_settings(getattr(import_module(f"experiments.evidence.{module}"), kind), file, form).seeds

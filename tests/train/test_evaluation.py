@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from assay.cli import main
 from assay.errors import InputError
@@ -38,6 +39,13 @@ def test_the_training_is_that_of_the_run(texts: Path, tmp_path: Path) -> None:
     )  # but for biases without effect, where Adam makes steps of rounding
     torch.testing.assert_close(ours, document_losses(task.trained.model, task.data), rtol=1e-5, atol=1e-6)
     assert task.examples == len(result.documents)
+    from assay.cli.evaluate import _settings
+
+    again = _settings(
+        Console(), tmp_path / "run", False, ["train.epochs=3"]
+    )  # the run's folder says what it was
+    assert again.train == settings.train.model_copy(update={"epochs": 3})
+    assert _settings(Console(), tmp_path / "run", True, None).train.epochs == 1
 
 
 def test_a_half_is_trained_in_the_order_of_the_whole(texts: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,38 @@ def test_gradients_of_other_settings_are_not_gone_on_with(
     with pytest.raises(InputError, match=says):
         train(tmp_path / "run", recording=recording(**{"curvature": "ggn", **change}))
     assert files(tmp_path / "run") == before
+
+
+def test_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(out, until=4)
+    target = assay.Target([batch(4, 99)], loss_fn)
+    method = assay.InRunShapley(target, path="trapezoid")
+    model = net()
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(
+        InputError, match=r"recorded of another model: \d+ parameters of \d+ entries, and now"
+    ):
+        assay.Run(model, AdamW(model.parameters()), out=out, methods=[method], resume=3)
+
+
+def test_other_data_than_the_first_time_is_said(tmp_path: Path) -> None:
+    """Only steps that were recorded behind the checkpoint can tell, and once is enough."""
+    out = tmp_path / "run"
+    train(out, until=5)
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=0.03)
+    method = assay.InRunShapley(assay.Target([batch(4, 99)], loss_fn), path="trapezoid")
+    run = assay.Run(model, optimizer, out=out, methods=[method], resume=3, check="off")
+    said = "step 3 has other samples than when it was recorded before"
+    for step in range(3, 6):
+        with run.step([f"other {step} {i}" for i in range(3)]):
+            loss_fn(model, batch(3, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with pytest.warns(AssayWarning, match=said) if step == 3 else nullcontext():
+            run.state_dict()
+    run.close()
 
 
 def test_a_process_that_is_terminated_writes_what_it_has(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from assay.signals import Termination
 from assay.snapshots import Snapshots, snapshot_settings
 from assay.store import Ledger, RunWriter, shard_of
 from assay.store.ids import IdKind, id_series, kind_of_dtype
-from assay.watched import watched
+from assay.watched import fingerprint, watched
 
 __all__ = ["Run", "RunStatus"]
 
@@ -154,7 +154,11 @@ class Run:
         self.optimizer: OptimizerModel = model_of(optimizer, override=optimizer_model)
         self.weights, self._coverage = watched(self.processes, self.optimizer, exclude)
         names = [name for method in methods for name in method.target_names]
-        described = {"methods": [dict(method.describe()) for method in methods], **(info or {})}
+        described = {
+            "methods": [dict(method.describe()) for method in methods],
+            "weights": fingerprint(self.weights),
+            **(info or {}),
+        }
         if self.processes.size > 1:
             described["processes"] = {"kind": self.processes.kind, "size": self.processes.size}
         folder = shard_of(out, self.processes.rank)

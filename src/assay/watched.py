@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+import zlib
 from collections.abc import Iterable, Mapping
 
 from torch.nn import Parameter
@@ -13,7 +15,17 @@ from assay.errors import InputError
 from assay.names import did_you_mean
 from assay.optimizers import OptimizerModel
 
-__all__ = ["watched"]
+__all__ = ["fingerprint", "watched"]
+
+
+def fingerprint(weights: Weights) -> dict[str, int | str]:
+    """What tells a model's watched parameters from another's: how many, their entries, their names and shapes."""
+    named = sorted((name, tuple(p.shape)) for p, name in weights.names.items())
+    return {
+        "parameters": len(named),
+        "entries": sum(math.prod(shape) for _, shape in named),
+        "crc32": f"{zlib.crc32(repr(named).encode()):08x}",
+    }
 
 
 def watched(

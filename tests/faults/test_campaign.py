@@ -18,6 +18,8 @@ def test_whatever_is_killed_ends_the_same(tmp_path: Path) -> None:
     command = [sys.executable, campaign.__file__, "--kills", str(KILLS), "--lives", "2", "--out", str(out)]
     subprocess.run(command, check=True, timeout=280)
     found = json.loads(out.read_text())
-    assert set(found) == {"command", "run", "index", "embedding", "record"}
-    assert sum(found[kind].get("kills", 0) for kind in found if kind != "command") >= KILLS
+    kinds = {"run", "index", "embedding", "record"}
+    assert set(found) == {"command", *kinds}
+    assert sum(found[kind].get("lost", 0) for kind in kinds) == 0
+    assert sum(found[kind].get("kills", 0) for kind in kinds) >= KILLS
     assert found["run"]["ended the same"] >= 1

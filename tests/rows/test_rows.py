@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -150,6 +152,24 @@ def test_a_writer_that_is_killed_between_any_two_writes_of_a_commit(
         writer.close()
         assert content(place) == content(tmp_path / "whole")
     assert seen == {6, 7, 8, 10}
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    code = """
+import sys
+from assay.rows import Folder, RowWriter
+writer = RowWriter(Folder(sys.argv[1]), 6, "fp32", [(0, 4), (4, 6)], shard=4)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "rows")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(StoreError, match=r"another process writes into .*rows: end it first"):
+            RowWriter(Folder(tmp_path / "rows"), WIDTH, "fp32", BLOCKS, shard=4)
+        other.kill()
+    filled(Folder(tmp_path / "rows"))
 
 
 def error_of_reading(path: Path, truth: Tensor) -> str | None:

@@ -207,3 +207,20 @@ def test_a_folder_that_cannot_be_made_leaves_nothing_and_can_be_made_later(
     fill(writer, range(1))
     writer.close()
     check(open_ledger(tmp_path / "run"), 1)
+
+
+def test_a_clock_that_jumps_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By years and in both directions; a run writes no time of day anywhere."""
+    clocks = {name: iter([1e9, 2e9, -1e9, 0.0, 5e9] * 200) for name in ("time", "monotonic")}
+    whole = RunWriter(tmp_path / "whole", ["t"])
+    fill(whole, range(6))
+    whole.close()
+    with monkeypatch.context() as patch:
+        for name, times in clocks.items():
+            patch.setattr(f"time.{name}", lambda times=times: next(times))
+        writer = RunWriter(tmp_path / "run", ["t"])
+        for step in range(6):
+            fill(writer, range(step, step + 1))
+        writer.close()
+    check(open_ledger(tmp_path / "run"), 6)
+    assert open_ledger(tmp_path / "run").steps().equals(open_ledger(tmp_path / "whole").steps())

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.errors import NewerFormatError, StoreError
-from assay.store.files import one_line
+from assay.store.files import one_line, write_error
+from assay.store.lock import WriteLock
 
 __all__ = ["Folder"]
 
@@ -58,6 +59,21 @@ class Folder:
         self._context = _context(ts)
         with self._errors("open", ""):
             self._store = ts.KvStore.open(spec, context=self._context).result()
+
+    def lock(self) -> WriteLock | None:
+        """Keep other processes from writing here; None where that cannot be: object storages, memory.
+
+        Raises:
+            StoreError: another process does, or the folder cannot be made.
+        """
+        if "://" in self.place or self.place == "memory" or self.place.startswith("memory/"):
+            return None
+        path = Path(self.place).expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(path, error) from error
+        return WriteLock(path)
 
     def below(self, name: str) -> Folder:
         """A folder in this one."""

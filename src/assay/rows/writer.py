@@ -42,7 +42,8 @@ class RowWriter:
         rows: rows that are committed; the next to be appended follows them.
 
     Raises:
-        StoreError: the store is complete, was begun with other settings, or cannot be written.
+        StoreError: the store is complete, was begun with other settings, cannot be written, or another process
+            writes there.
 
     Example:
         >>> folder = Folder(None)
@@ -73,6 +74,7 @@ class RowWriter:
         shard = chunk * CHUNKS_PER_SHARD if shard is None else shard
         wanted = Manifest(width, dtype, tuple(blocks or [(0, width)]), shard, _divisor(shard, chunk))
         self._folder, self.share = folder, share or Share()
+        self._lock = None if self.share.parts > 1 else folder.lock()
         found = read_manifest(folder, self.share.manifest)
         if found is None:
             self._create(wanted)
@@ -149,6 +151,8 @@ class RowWriter:
             _cut(self._folder, done)
         done.write(self._folder, self.share.manifest)
         self.manifest = done
+        if self._lock is not None:
+            self._lock.release()
 
     def _create(self, manifest: Manifest) -> None:
         width, blocks = manifest.width, len(manifest.blocks)

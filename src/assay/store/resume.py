@@ -15,7 +15,7 @@ from assay.store.folder import RunFolder
 from assay.store.header import NAME, Cut, Header
 from assay.store.schema import SHARDS
 
-__all__ = ["account_of", "cut_header", "overrule_others", "recorded"]
+__all__ = ["account_of", "cut_header", "overrule_others", "overruled_ids", "recorded"]
 
 
 def recorded(path: Path) -> RunFolder | None:
@@ -55,8 +55,22 @@ def cut_header(before: RunFolder, step: int, targets: tuple[str, ...], info: dic
                 f"Run(resume=...): {before.path} was recorded with {key} {known} and not {now}; go on with the same "
                 "ones, or choose another out=."
             )
+    known, now = header.info.get("weights"), json.loads(json.dumps(info.get("weights")))
+    if known is not None and now is not None and known != now:
+        one, other = (f"{of['parameters']} parameters of {of['entries']} entries" for of in (known, now))
+        raise InputError(
+            f"Run(resume=...): {before.path} was recorded of another model: {one}, and now {other}, or other names and "
+            "shapes; go on with the same (and the same ones frozen or excluded), or choose another out=."
+        )
     ends = {table: end_of(parts) for table, parts in before.parts.items() if table != "metadata"}
     return replace(header, parts=None, cuts=(*header.cuts, Cut(step, ends))).merged(info)
+
+
+def overruled_ids(before: RunFolder, step: int) -> dict[tuple[int, int], list[int | str]]:
+    """The ids of every micro-batch, by step and number, that was recorded from a step on, and will be again."""
+    rows = before.values().filter((pl.col("step") >= step) & (pl.col("micro") >= 0))
+    found = rows.group_by("step", "micro", maintain_order=True).agg("id").collect()
+    return {(step, micro): ids for step, micro, ids in found.iter_rows()}
 
 
 def overrule_others(path: Path, step: int, size: int) -> None:

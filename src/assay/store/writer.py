@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from assay.errors import InputError, StoreError
+from assay.errors import AssayWarning, InputError, StoreError
 from assay.store.files import check_storable, local_path
 from assay.store.header import Header, check_targets
 from assay.store.ids import IdKind, id_column, id_series, kind_of_dtype
 from assay.store.ledger import Ledger
 from assay.store.recording import Recording
-from assay.store.resume import cut_header, recorded
+from assay.store.resume import cut_header, overruled_ids, recorded
 from assay.store.schema import STATUSES, check_table_name
 from assay.store.tensors import TensorFiles
 
@@ -74,6 +75,7 @@ class RunWriter:
             header = Header(names).merged(info or {})
         else:
             header = cut_header(before, resume, names, info or {})
+        self._overruled = {} if before is None or resume is None else overruled_ids(before, resume)
         self._recording = Recording(path, header, before)
         self._flush_every = self._flush_at = flush_every
         self._flush_seconds = flush_seconds
@@ -128,6 +130,7 @@ class RunWriter:
         if not len(series):
             return
         self._fix_ids(series)
+        self._compare(operator.index(step), operator.index(micro), series)
         self._recording.append_values(operator.index(step), operator.index(micro), series, array)
         self._flush_if_due()
 
@@ -292,6 +295,19 @@ class RunWriter:
         since = time.monotonic() - self._last_flush
         if self._recording.waiting >= self._flush_at or since >= self._flush_seconds:
             self.flush()
+
+    def _compare(self, step: int, micro: int, ids: pl.Series) -> None:
+        """Say once that a resumed run takes other samples than the first time."""
+        before = self._overruled.pop((step, micro), None)
+        if before is not None and before != ids.to_list():
+            self._overruled = {}
+            warnings.warn(
+                f"step {step} has other samples than when it was recorded before the run was resumed: the data, their "
+                "order or the seed is not that of the first time, and this run is not the one that an unbroken "
+                "training would have been",
+                AssayWarning,
+                stacklevel=3,
+            )
 
     def _fix_ids(self, ids: pl.Series) -> None:
         """The first ids decide of which kind all ids of the run are."""

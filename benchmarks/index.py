@@ -259,7 +259,7 @@ def measure_queries(options: argparse.Namespace, folder: Path, dtype: RowDtype) 
 
 def measure_memory(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Peak of a search in a process of its own, for N, 10 N and 100 N rows."""
-    few, width = (4096, 64) if options.quick else (4096, 1024)
+    few, width = (4096, 64) if options.quick else (2048, 1024)
     found = []
     for count in (few, 10 * few, 100 * few):
         place = folder / f"memory-{count}"

@@ -41,6 +41,8 @@ from assay.index.scores import best_rows
 from assay.rows import Folder, RowDtype, RowReader, RowWriter, reader
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "influence.md"
+BEGIN, END = "<!-- figures of benchmarks/index.py -->\n", "<!-- end of the figures -->\n"
 HERE = Path(__file__).parent
 RANK, QUERIES, K = 64, 64, 10
 PIECE = 1 << 20  # bytes of the pieces in the comparison of memory
@@ -360,6 +362,59 @@ def _spread(found: dict[str, float]) -> str:
     return f"{found['median']:.2f} ({found['lower_quartile']:.2f}-{found['upper_quartile']:.2f})"
 
 
+def figures(document: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    machine = document["machine"]
+    lines = [
+        f"Measured on {machine['threads']} threads of a CPU, torch {machine['torch']}; medians (quartiles).",
+        "",
+    ]
+    lines += [
+        "| logging at rank 64 | plain pass, examples/s | logging, examples/s | share |",
+        "|---|---|---|---|",
+    ]
+    for row in document["logging"]:
+        speed = row["examples_per_second"]
+        lines.append(
+            f"| {row['model']} | {speed['plain']['median']:.1f} | {speed['logging']['median']:.1f} | "
+            f"{_spread(row['throughput'])} |"
+        )
+    lines += ["", "| rows stored as | MB | search, pairs/s | bare read and product, pairs/s | share |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in document["queries"]:
+        speed = row["pairs_per_second"]
+        lines.append(
+            f"| {row['dtype']}, {row['rows']:,} × {row['width']:,} | {row['bytes'] / 1e6:.0f} | "
+            f"{speed['search']['median']:,.0f} | {speed['bare']['median']:,.0f} | {_spread(row['throughput'])} |"
+        )
+    lines += [
+        "",
+        "| rows, pieces of 1 MiB | MiB stored | peak of a search, MiB | of these, ids |",
+        "|---|---|---|---|",
+    ]
+    for row in document["memory"]:
+        lines.append(
+            f"| {row['rows']:,} | {row['bytes'] / 2**20:.0f} | {row['peak_bytes'] / 2**20:.1f} | "
+            f"{row['id_bytes'] / 2**20:.1f} |"
+        )
+    row = document["million"]
+    if row:
+        lines += [
+            "",
+            f"{row['queries']} queries over {row['rows']:,} rows of {row['width']:,} numbers ({row['dtype']}, "
+            f"{row['bytes'] / 2**30:.1f} GiB): {row['seconds']['median']:.1f} s, "
+            f"{row['pairs_per_second']['median']:,.0f} pairs/s, {row['peak_bytes'] / 2**20:.0f} MiB at most.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def with_figures(page: str, document: dict[str, Any]) -> str:
+    """The page with these figures between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{figures(document)}\n{END}{after}"
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="index", description=(__doc__ or "").split("\n")[0])
@@ -421,6 +476,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written to {out}")
+        if out == RESULTS / "index-cpu.json":
+            PAGE.write_text(with_figures(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from experiments.tables import Result, by, order, table
 
@@ -83,8 +84,38 @@ def scores(r: Result, title: str) -> str:
     return "\n".join(parts)
 
 
+def paraphrases(r: Result) -> str:
+    """The index of a real language model."""
+    rows = [
+        [
+            "(F + λI)⁻¹" if row["curvature"] == "fisher" else "cosine",
+            f"{row['mean_rank']:.1f}",
+            f"{row['median_rank']:g}",
+            f"{row['recall_at_1']:.2f}",
+            f"{row['recall_at_10']:.2f}",
+        ]
+        for row in r["paraphrases"]
+    ]
+    asked = [
+        f"* *{question['text'][:160]}*\n"
+        + "".join(f"    * {s['id']}: {s['text']}\n" for s in question["sources"])
+        for question in r["continuations"]
+    ]
+    return (
+        f"## Sources of a real language model\n\n{r['model']} ({r['package']}); {r['documents']:,} mini-Pile documents "
+        f"and {r['verses']} Bible verses, the first {r['tokens']} tokens of each; the MLPs of all blocks at rank "
+        f"{r['rank']}, {r['row']:,} numbers per document. Every verse is asked for in another translation: at which "
+        "rank does it come back? Gradients of unit length.\n\n"
+        + table(["curvature", "mean rank", "median rank", "recall at 1", "recall at 10"], rows)
+        + "\nWhat the model says after a prompt, and the documents that point its weights the same way. It was not "
+        "trained on them.\n\n" + "".join(asked)
+    )
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "index_mnist": lambda r: scores(r, "Influence on an MLP against retraining on subsets"),
     "index_gpt": lambda r: scores(r, "Influence on a tiny GPT against retraining on subsets"),
 }
+if (Path(__file__).parents[1] / "results" / "smollm2.json").exists():  # needs a model of another package
+    SECTIONS["smollm2"] = paraphrases
 PLOTS: dict[str, tuple[str, Callable[[Result], str]]] = {}

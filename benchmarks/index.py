@@ -289,7 +289,7 @@ def peak(folder: Path, piece: int | None) -> tuple[int, int]:
     before = overhead.resident_peak(afresh=True)
     rows = RowReader(Folder(folder))
     best_rows(rows, directions, K)
-    return int(overhead.resident_peak() - before), rows.table.estimated_size()
+    return int(overhead.resident_peak() - before), int(rows.table.estimated_size())
 
 
 def measure_million(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """A plugin for pytest that notes one message of every place that raises an error of assay's own, and the test it came from.
 
-pytest -p errors.recorder --record-errors FILE.jsonl
+    pytest -p errors.recorder --record-errors FILE.jsonl
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import pytest
 
 from errors.sites import SOURCE, sites
 
-FOLDERS = re.compile(
-    r"(/private)?/(tmp|var)/[^\s'\":,;)]*?(pytest-\d+(/popen-gw\d+)?/[^/\s'\":,;)]+|tmp[a-z0-9_]{8})"
-)
+FOLDERS = re.compile(r"(/private)?/(tmp|var)/[^\s'\":,;)]*?(pytest-\d+(/popen-gw\d+)?/[^/\s'\":,;)]+|tmp[a-z0-9_]{8})")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,13 +59,7 @@ class Recorder:
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         for site in sites():
             if site.matches(frames, message):
-                row = {
-                    "where": site.where,
-                    "form": site.form,
-                    "error": error,
-                    "message": plain(message),
-                    "test": test,
-                }
+                row = {"where": site.where, "form": site.form, "error": error, "message": plain(message), "test": test}
                 known = self.rows.get((site.where, site.form))
                 if known is None or (len(row["message"]), test) < (len(known["message"]), known["test"]):
                     self.rows[site.where, site.form] = row

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from pathlib import Path
 
 from assay.errors import StoreError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # a system without it has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["WriteLock"]
 
@@ -56,7 +55,7 @@ class WriteLock:
 
 def _taken(folder: Path) -> tuple[int, int] | None:
     """The key under which the folder is held now; None where it cannot be locked."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     try:
         descriptor = os.open(folder, os.O_RDONLY)

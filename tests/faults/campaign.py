@@ -25,7 +25,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import tensorstore  # noqa: F401  (loaded before the forks, so that a life is work and not the loading of libraries)
 import torch
+import torch._dynamo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -33,6 +35,8 @@ LIVES = 8  # kills of one piece of work; then it is let live
 
 from faults.victims import VICTIMS, answers, committed  # noqa: E402
 
+import assay.embedding.session  # noqa: E402
+import assay.index.build  # noqa: E402, F401
 from assay.doctor import examine  # noqa: E402
 
 

@@ -57,6 +57,12 @@ def page(path: Path) -> str:
         f"too large for this command, {kinds['not built']} need a configuration, inputs or a library that it "
         "does not have" + (f", and {left} were not tried yet." if left else "."),
         "",
+        "Why a family was not compared says what stood in the way of the first small model that was tried: mostly a "
+        "size that has to agree with another one of the configuration, inputs of a form of their own (several images "
+        "packed into one dimension, with `grid_thw`), a library that is not installed, or a part of a model that has "
+        "no class of its own. It says nothing against the family: the start-up check tells at the first step of a run "
+        "whether it is exact there.",
+        "",
         f"An error below {ROUNDING[0]:g} is float64 rounding; one up to {ROUNDING[1]:g} comes from models that cast to "
         "float32 inside (norms, routers, scans).",
         "",

@@ -16,11 +16,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from distributed import elastic, refusals
 from distributed.cases import CASES, train
+from errors import recorder
 
 SIZE = 2
 
 
 def work(rank: int, folder: str, names: list[str]) -> None:
+    recorder.follow()
     warnings.simplefilter("error", category=UserWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=SIZE)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import polars as pl
 import pytest
 import torch
 from errors.training import Training, one_line
+from replay.common import Problem
+from replay.common import loss_fn as replay_loss
 from torch import Tensor, nn
 
 import assay
+from assay.acting.credit import credit
 from assay.acting.select import select
 from assay.curvature import Diagonal, Fisher
 from assay.doctor import examine
 from assay.evaluate.lds import linear_datamodeling_score
+from assay.index.average import average_influence
 from assay.integrations.collect import Collector
 from assay.integrations.identity import content_id
 from assay.integrations.lightning import AssayCallback as LightningCallback
@@ -27,6 +32,7 @@ from assay.replay.optimizers.select import adjoint_of
 from assay.replay.smoothness import metasmoothness
 from assay.rows.folder import Folder
 from assay.rows.writer import RowWriter
+from assay.serve.catalogue import Catalogue
 from assay.store.ids import id_series
 from assay.train.data import read_documents
 
@@ -71,6 +77,15 @@ def complex_weight() -> None:
     model_of(torch.optim.AdamW([weight])).split(weight, weight.detach())  # type: ignore[call-arg]
 
 
+def broken_model(folder: Path) -> None:
+    from assay.train.config import Model
+    from assay.train.model import load_model
+
+    for name in ("weights.pt", "tokenizer.json", "model.json", "config.json"):
+        (folder / name).write_text("text", encoding="utf-8")
+    load_model(Model(), folder)
+
+
 class Loop:
     """Has what a Trainer has, and trains nothing."""
 
@@ -86,6 +101,29 @@ class Loop:
 def attached_twice() -> None:
     callback = AssayCallback(out=None)
     callback.attach(Loop()).attach(Loop())
+
+
+@lru_cache(maxsize=1)
+def replayable() -> tuple[Problem, Any, nn.Module, Any]:
+    problem = Problem("sgd", dropout=0.0)
+    return (problem, *problem.recorded())
+
+
+def adjoint(**options: Any) -> None:
+    """Of the run above, with something else than what it was recorded with."""
+    problem, run, _, _ = replayable()
+    model = problem.model()
+    given = {
+        "batches_of_step": problem.batches,
+        "loss_fn": replay_loss,
+        "queries": problem.queries(),
+        **options,
+    }
+    run.adjoint(model, given.pop("optimizer", problem.optimizer(model)), **given)
+
+
+def explorer(ask: Callable[[Catalogue], object]) -> None:
+    ask(Catalogue(ledger()))
 
 
 # what is tried → how, in a folder that is empty
@@ -140,6 +178,45 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "metasmoothness(h=0)": lambda f: metasmoothness(None, MODEL, None, None, loss, [], h=0.0),  # type: ignore[arg-type]
     "the adjoint of Adagrad": lambda f: adjoint_of(torch.optim.Adagrad(MODEL.parameters())),
     "a complex parameter": lambda f: complex_weight(),
+    "agreement of a run with others of another shape": lambda f: replayable()[1].agreement(
+        torch.ones(1, replayable()[1].rows.height), {"other": torch.ones(7, 7)}
+    ),
+    "an adjoint for no query": lambda f: adjoint(queries=[]),
+    "an adjoint of a step that the run does not have": lambda f: adjoint(steps=[10**6]),
+    "an adjoint of the last 0 steps": lambda f: adjoint(last=0),
+    "an adjoint with clip='always'": lambda f: adjoint(clip="always"),
+    "an adjoint with the optimizer of another model": lambda f: adjoint(
+        optimizer=torch.optim.SGD(MODEL.parameters(), lr=0.1)
+    ),
+    "an adjoint of outputs='haed'": lambda f: adjoint(curvature="ggn", outputs="haed"),
+    "an adjoint whose loss does not use the model": lambda f: adjoint(
+        loss_fn=lambda model, batch: torch.zeros((), dtype=torch.float64, requires_grad=True)
+    ),
+    "an adjoint from micro-batches that are missing": lambda f: adjoint(batches_of_step=lambda step: []),
+    "an adjoint from batches that are no pairs": lambda f: adjoint(batches_of_step=lambda step: torch.ones(2)),
+    "credit to no target": lambda f: credit(ledger(), "domain", target=[]),
+    "a selection written as CSV": lambda f: select(ledger(), drop="negative").write(
+        f / "out", pl.DataFrame({"id": ledger().values()["id"]}), id="id", format="csv"  # type: ignore[arg-type]
+    ),
+    "a selection written below a file": lambda f: (
+        (f / "file").write_text("x"),
+        select(ledger(), drop="negative").write(f / "file" / "out", pl.DataFrame({"id": ledger().values()["id"]})),
+    ),
+    "an index of no parameter": lambda f: index(exclude=["*"]),
+    "an average of checkpoints with no weight": lambda f: average_influence(
+        [(index(), MODEL)], [BATCHES[0][1]], loss, weights=[0.0]
+    ),
+    "an average of one checkpoint with two weights": lambda f: average_influence(
+        [(index(), MODEL)], [BATCHES[0][1]], loss, weights=[1.0, 1.0]
+    ),
+    "an index of another checkpoint in the same folder": lambda f: (
+        index(out=f / "index"),
+        assay.Index.build(nn.Linear(3, 2), BATCHES, loss, projection=assay.Projection(rank=2), out=f / "index"),
+    ),
+    "a document that the explorer does not have": lambda f: explorer(lambda c: c.document("no such")),
+    "a target that the explorer does not have": lambda f: explorer(lambda c: c.page("other")),
+    "a column that the explorer cannot filter by": lambda f: explorer(lambda c: c.groups("domain")),
+    "a model folder that holds text": lambda f: broken_model(f),
     # trainers
     "a list in place of a Trainer": lambda f: AssayCallback(out=None).attach([]),
     "a callback attached twice": lambda f: attached_twice(),

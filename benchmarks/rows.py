@@ -5,7 +5,7 @@ rows, of which 8 bytes each are their ids. The rows are drawn; some of them are 
 sums by domain are known, and what a process answers is compared with them.
 
 * write: `RowWriter`, rows of a shard at a time, as an index or a recording writes them;
-* search: the 10 best rows for each of 16 directions (`stream_scores`, `best_rows`: what `Index.search` does);
+* search: the 10 best rows for each of 16 directions (`best_rows`: what `Index.search` does);
 * aggregate: the value of every row along one direction, summed by domain, as `ledger.by` sums a run's values.
 
     python benchmarks/rows.py             # about four minutes on two cores, 6 GiB of disk for a while
@@ -87,7 +87,7 @@ def write(folder: Path, count: int, dtype: RowDtype) -> dict[str, Any]:
 def search(folder: Path) -> dict[str, Any]:
     """The ids of the best rows for each direction."""
     reader = RowReader(Folder(folder))
-    _, rows = best_rows(stream_scores(reader, directions()), K)
+    _, rows = best_rows(reader, directions(), K)
     return {"best": reader.table["id"].gather(rows.flatten().numpy()).to_list()}
 
 

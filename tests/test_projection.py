@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides
+from assay.capture.bottleneck import Sides, projected_through, stream_factors, written_out
+from assay.capture.factors import Dense, Factors, Outer
+from assay.capture.marks import Weight
 from assay.errors import CoverageError, InputError
 from assay.projection import Projection, Projector, random_sides
 
@@ -70,6 +72,35 @@ def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projec
     case = CASES[name]
     for loss in case.losses.values():
         compare(case, loss, projection, size=4)
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+@pytest.mark.parametrize("name", ["mlp", "gpt", "gpt_expanded", "gpt2", "cnn"])
+def test_a_diagonal_between_gradient_and_projection(name: str, projection: Projection) -> None:
+    case = CASES[name]
+    model, batch, loss = case.model().eval(), case.batch(4, seed=3), next(iter(case.losses.values()))
+    weights = watched(model)
+    torch.manual_seed(0)
+    through = {p: torch.rand_like(p) for p in weights.params}
+    sides = {p: random_sides(n, p, projection) for p, n in weights.names.items()}
+    found = {p: torch.zeros(4, *s.ranks, dtype=torch.float64) for p, s in sides.items()}
+
+    def take(weight: Weight, factors: Factors) -> None:
+        forms = [factors]
+        if isinstance(factors, Outer) and not weight.derived:  # as it is kept where that is smaller
+            forms.append(Dense(written_out(weight, factors)[weight.params[0]]))
+        parts = [projected_through(weight, form, sides, through) for form in forms]
+        for p, part in parts[0].items():
+            found[p] += part
+            torch.testing.assert_close(parts[-1][p], part)
+
+    stream_factors(model, weights, loss, batch, 4, take)
+    for i in range(4):
+        gradients = torch.autograd.grad(
+            loss.part(model, batch, i), weights.params, allow_unused=True, materialize_grads=True
+        )
+        for (p, s), g in zip(sides.items(), gradients, strict=True):
+            torch.testing.assert_close(found[p][i].flatten(), dense_projection(g * through[p], s))
 
 
 def test_a_use_that_no_rule_sees_is_refused_by_name() -> None:

@@ -27,6 +27,7 @@ from assay.capture import Capture, contract
 from assay.capture.check import check_capture
 from assay.capture.compiled import CompiledParts
 from assay.capture.fallback import Boundary
+from assay.capture.room import Room
 from assay.capture.totals import Totals
 from assay.distributed import parallel_of
 from assay.errors import AssayError, InputError
@@ -189,6 +190,7 @@ class Run:
         self._check_due = self._totals_due = check == "first"
         self._totals: Totals | None = None
         self._compiled = CompiledParts(self.model)
+        self._room = Room()
         self._curve: list[dict[str, Any]] = []
         if "curve" in self.writer.ledger.tables:
             rows = self.writer.ledger.table("curve").rows(named=True)
@@ -319,6 +321,7 @@ class Run:
             faults=self.faults,
             by_token=self._demand.by_token,
             coverage=self._coverage,
+            room=self._room,
         )
 
     def _finished(
@@ -421,6 +424,7 @@ class Run:
             self._closed = True
             for hook in self._hooks:
                 hook.remove()
+            self._room.clear()
         while self._to_close:
             session = self._to_close.pop(0)  # if the disk refuses, what it handed over has been taken
             session.close() if together else session.flush()

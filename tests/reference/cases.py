@@ -220,6 +220,7 @@ TABLE = (
 ODD = (
     Case("gpt2_square", gpt2, _padded(4), HUGGING_FACE),
     Case("gpt_buffer_square", lambda: models.GPT("buffer"), _tokens(4), NEXT_TOKEN),
+    Case("gpt_expanded", lambda: models.GPT("expanded"), _tokens(5), NEXT_TOKEN),
     Case("gpt_untied", lambda: models.GPT(tied=False), _tokens(5), NEXT_TOKEN),
     Case("mlp_as_wide_as_the_batch", lambda: models.MLP(4), _classified((4,)), PER_SAMPLE),
     Case("called_twice", models.CalledTwice, _classified((FEATURES,)), PER_SAMPLE),

@@ -53,7 +53,8 @@ class GPT(nn.Module):
     """Learned positions looked up by one row of indices for the whole batch, `[T]`; tied head.
 
     Args:
-        positions: where the row comes from: `"arange"` in forward, or a registered `"buffer"`.
+        positions: where the row comes from: `"arange"` in forward, the same `"expanded"` to the batch, or a
+            registered `"buffer"`.
         tied: whether the head shares the token table.
     """
 
@@ -66,6 +67,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         if tied:
             self.head.weight = self.token.weight
+        self.expanded = positions == "expanded"
         self.row: Tensor | None
         self.register_buffer(
             "row", torch.arange(CONTEXT) if positions == "buffer" else None, persistent=False
@@ -74,7 +76,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         T = tokens.shape[1]
         row = torch.arange(T, device=tokens.device) if self.row is None else self.row[:T]
-        x = self.token(tokens) + self.position(row)  # [B, T, WIDTH] + [T, WIDTH]
+        row = row.expand(tokens.shape) if self.expanded else row
+        x = self.token(tokens) + self.position(row)  # [B, T, WIDTH] + [T, WIDTH] or [B, T, WIDTH]
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from assay.capture.check import check_capture
-from assay.capture.factors import Dense, Directional, Factors, Lookup, Outer, Patches
+from assay.capture.factors import Apart, Dense, Directional, Factors, Lookup, Outer, Patches
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.mode import Capture
@@ -173,7 +173,7 @@ def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
         return {}
     if len(weight.params) == 1:
         (param,) = weight.params
-        direct = _in_own_orientation(weight, factors, param)
+        direct = _of_parameter(weight, factors, param)
         if direct is not None:
             return {param: _project(direct, sides[param])}
     if weight.pull is not None:
@@ -207,7 +207,7 @@ def projected_through(
         (param,) = weight.params
         D, own = through[param], sides[param]
         assert isinstance(D, Tensor)
-        direct = _in_own_orientation(weight, factors, param)
+        direct = _of_parameter(weight, factors, param)
         if isinstance(direct, Lookup):
             D = D.reshape(own.matrix)
             scaled = Lookup(
@@ -217,7 +217,7 @@ def projected_through(
         if isinstance(direct, Outer) and direct.layout.labels is None:
             return {param: _blockwise(direct, D.reshape(own.matrix), own)}
         if isinstance(direct, Dense):
-            return {param: _project(Dense(direct.gradients * D), own)}
+            return {param: _multiplied(direct.gradients, D, own)}
     dense = written_out(weight, factors)
     return {p: _project(Dense(dense[p] * through[p]), s) for p, s in plain.items()}
 
@@ -228,12 +228,29 @@ def _blockwise(factors: Outer, D: Tensor, sides: Sides) -> Tensor:
     layout, (rows, columns) = factors.layout, sides.matrix
     left = _apply(layout.grouped(left), None).reshape(layout.batch, -1, rows).mT
     right = _apply(layout.grouped(right), None).reshape(layout.batch, -1, columns)
-    block = max(1, CACHED // (rows * columns))
+    block = _at_once(D)
     parts = []
     for start in range(0, layout.batch, block):
         part = slice(start, start + block)
         parts.append(_project(Dense((left[part] @ right[part]).mul_(D)), sides))  # [samples, rows, columns]
     return torch.cat(parts)
+
+
+def _multiplied(gradients: Tensor, D: Tensor, sides: Sides) -> Tensor:
+    """`[B, r0, r1]`: P_o (D ⊙ g_i) P_iᵀ for g `[B, *shape]`, which may belong to others and stays as it is."""
+    block, batch = _at_once(D), len(gradients)
+    wide = torch.promote_types(gradients.dtype, D.dtype)
+    room = torch.empty(min(block, batch), *D.shape, dtype=wide, device=D.device)
+    parts = []
+    for start in range(0, batch, block):
+        some = gradients[start : start + block]
+        parts.append(_project(Dense(torch.mul(some, D, out=room[: len(some)])), sides))
+    return torch.cat(parts)
+
+
+def _at_once(D: Tensor) -> int:
+    """Samples whose gradients are formed before they are projected: on a CPU no more than its cache holds."""
+    return max(1, (CACHED if D.device.type == "cpu" else 64 * CACHED) // D.numel())
 
 
 def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
@@ -249,6 +266,19 @@ def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
             "parameters out with exclude=[...]."
         )
     return weight.pull(dense)
+
+
+def _of_parameter(weight: Weight, factors: Factors, param: Parameter) -> Factors | None:
+    """The factors as those of the parameter itself; None where the weight is computed from it in another way."""
+    if weight.rows is None:
+        return _in_own_orientation(weight, factors, param)
+    rows = weight.rows
+    if isinstance(factors, Apart) and rows.shape == factors.b.shape[:-1]:
+        return Lookup(rows, factors.b, factors.layout)
+    if isinstance(factors, Dense):  # the rows are the same for all samples
+        batch = len(factors.gradients)
+        return Lookup(rows.expand(batch, *rows.shape), factors.gradients, Layout(0, batch))
+    return None
 
 
 def _in_own_orientation(weight: Weight, factors: Factors, param: Parameter) -> Factors | None:
@@ -289,7 +319,10 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
             "per-sample gradients that answer inner products only (a fallback's) cannot be projected: leave the "
             "parameters out with exclude=[...]."
         )
-    g = dense.reshape(len(dense), *sides.matrix)
+    rows, columns = sides.matrix
+    if columns == 1 and sides.right is None:  # a vector: one product for all samples
+        return _apply(dense.reshape(len(dense), rows), sides.left)[..., None]
+    g = dense.reshape(len(dense), rows, columns)
     left = g if sides.left is None else sides.left.to(g.dtype) @ g
     return left if sides.right is None else left @ sides.right.to(g.dtype).t()
 
@@ -340,6 +373,8 @@ def _dense(factors: Factors) -> Tensor | None:
     if isinstance(factors, Patches):
         g = factors.projected(None, None)  # [B, p, patch]
         return g.reshape(len(g), *factors.primals[factors.operand].shape)
+    if isinstance(factors, Apart):
+        return factors.written_out()
     if isinstance(factors, Directional):
         return _differentiated(factors)
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from assay.capture.layout import Layout
+from assay.capture.room import Room
 
 __all__ = [
     "CostModel",
@@ -99,12 +100,14 @@ def weight_gradient_and_products(
     return _batched(a, b, directions)
 
 
-def per_sample_gradients(a: Tensor, b: Tensor, layout: Layout) -> Tensor | None:
+def per_sample_gradients(
+    a: Tensor, b: Tensor, layout: Layout, room: Room | None = None
+) -> Tensor | None:
     """`[B, p, d]` written out, where their memory is worth the time; None otherwise.
 
     The batched product replaces the weight-gradient GEMM, so that these gradients cost memory traffic only, while a
     kept pair (a, b) costs one more GEMM later. The pair holds `T·(p + d)` entries per sample against `p·d`: less for
-    wide layers and short samples, more for long ones.
+    wide layers and short samples, more for long ones. They are written into `room` where there is one.
     """
     d, p, batch = a.shape[-1], b.shape[-1], layout.batch
     positions = b.numel() // max(p * batch, 1)
@@ -114,7 +117,9 @@ def per_sample_gradients(a: Tensor, b: Tensor, layout: Layout) -> Tensor | None:
     if not regular or not (dense <= pair or affordable):
         return None
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
-    return torch.bmm(b.transpose(1, 2), a)
+    if room is None:
+        return torch.bmm(b.transpose(1, 2), a)
+    return torch.bmm(b.transpose(1, 2), a, out=room.empty((batch, p, d), a.dtype, a.device))
 
 
 def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

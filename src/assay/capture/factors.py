@@ -19,7 +19,17 @@ from assay.capture.contraction import directional, per_sample_products
 from assay.capture.layout import Layout
 from assay.capture.marks import Directions, Weight, directional_derivative
 
-__all__ = ["Dense", "Directional", "Elementwise", "Factors", "Lookup", "Outer", "apart_from", "contract"]
+__all__ = [
+    "Apart",
+    "Dense",
+    "Directional",
+    "Elementwise",
+    "Factors",
+    "Lookup",
+    "Outer",
+    "apart_from",
+    "contract",
+]
 
 
 class Factors(Protocol):
@@ -129,6 +139,23 @@ def summed_to(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     dims = [d + 1 for d, size in enumerate(rest) if size == 1 and x.shape[d + 1] != 1]
     x = x.sum(dims, keepdim=True) if dims else x
     return layout.at(0).per_sample_sum(x, keep=x.dim() - 1).reshape(layout.batch, *shape)
+
+
+@dataclass(frozen=True)
+class Apart(Directional):
+    """`g_i` of a weight of the output's shape that is added to it: b in the rows of sample i, 0 in all others."""
+
+    def dot(self, directions: Tensor) -> Tensor:
+        """`[targets, B]`: Σ b · G_n over the sample's rows."""
+        return directional(list(directions), self.b, self.layout)
+
+    def written_out(self) -> Tensor:
+        """`[B, *weight.shape]`."""
+        rows = self.b.movedim(self.layout.dim, 0)
+        owners = self.layout.row_labels(len(rows), rows.device)
+        own = owners == torch.arange(self.layout.batch, device=rows.device)[:, None]  # [B, rows]
+        own = own.reshape(*own.shape, *(1,) * (rows.dim() - 1))
+        return (rows * own).movedim(1, self.layout.dim + 1)
 
 
 @dataclass(frozen=True)

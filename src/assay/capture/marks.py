@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,6 +55,7 @@ class Weight:
         pull: the adjoint of `push`, from gradients `[B, *shape]` of this tensor to those of its parameters; None
             where only inner products are to be had.
         derived: whether it is not the parameter itself.
+        rows: where it is a parameter's rows `param[rows]` looked up in an embedding: which.
     """
 
     params: tuple[Parameter, ...]
@@ -60,6 +63,7 @@ class Weight:
     pull: Callable[[Tensor], dict[Parameter, Tensor]] | None = None
     operations: set[str] = field(default_factory=set)
     derived: bool = True
+    rows: Tensor | None = None
 
 
 Mark = Data | Constant | Weight
@@ -107,6 +111,20 @@ def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[in
         return found
 
     return Weight(params, push, pull)
+
+
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+def rows_looked_up(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Mapping[int, Weight]
+) -> Tensor | None:
+    """The indices of an embedding that looks rows of one parameter up, and nothing else."""
+    if func is not F.embedding or len(weights) != 1 or next(iter(weights.values())).derived:
+        return None
+    given = dict(zip(_EMBEDDING, args, strict=False)) | dict(kwargs)
+    special = (given.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+    return None if any(special) or given.get("padding_idx") is not None else given["input"]
 
 
 def _pulled_back(

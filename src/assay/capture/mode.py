@@ -37,8 +37,9 @@ from assay.capture.call import (
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors, apart_from
 from assay.capture.layout import Layout
-from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive
+from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, rows_looked_up
 from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
+from assay.capture.room import Room
 from assay.capture.rounding import rounded
 from assay.capture.tokens import ByToken, positions_in
 from assay.capture.track import follow
@@ -66,6 +67,7 @@ class Capture(TorchFunctionMode):
         faults: what becomes of an error in following the calls.
         coverage: where uses are noted.
         refused: collects parameters with uses that no rule follows, and why; None raises at the first.
+        room: memory for per-sample gradients that are kept.
 
     Attributes:
         probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
@@ -92,13 +94,14 @@ class Capture(TorchFunctionMode):
         faults: Faults | None = None,
         coverage: Coverage | None = None,
         refused: dict[Parameter, str] | None = None,
+        room: Room | None = None,
     ) -> None:
         super().__init__()
         self.faults = faults or Faults()
         self.weights, self.batch, self.directions = weights, batch, directions
         self.keep_params, self.rounded, self.strict = frozenset(keep), rounded, strict
         self.coverage = coverage if coverage is not None else Coverage(weights.names)
-        self.refused = refused
+        self.refused, self.room = refused, room
         self.kept: list[tuple[Weight, Factors]] = []
         self.takes: list[Callable[[Weight, Factors], None]] = []
         self.looking: Callable[[Weight, Factors], None] | None = None
@@ -233,7 +236,9 @@ class Capture(TorchFunctionMode):
             result = func(*new_args, **new_kwargs)
             return first if in_place else result if parts is None else result[position]
 
-        return derive(again, tensors, weights)
+        mark = derive(again, tensors, weights)
+        mark.rows = rows_looked_up(func, args, kwargs, weights)
+        return mark
 
     # --- what is known of a tensor ---
 

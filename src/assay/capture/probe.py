@@ -21,6 +21,7 @@ from assay.capture.contraction import per_sample_gradients, weight_gradient_and_
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
+from assay.capture.room import Room
 
 __all__ = ["Observe", "ObserveInPlace", "ObservedLinear", "Recorder", "Use"]
 
@@ -56,6 +57,7 @@ class Recorder(Protocol):
         ...
 
     looking: Callable[[Weight, Factors], None] | None
+    room: Room | None
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _weight_backward(
     """The weight's gradient; its per-sample gradients are kept or added to `scores` on the way."""
     a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
     if weight is not None and recorder.keeps(weight):
-        per_sample = per_sample_gradients(a, b, ctx.layout)
+        per_sample = per_sample_gradients(a, b, ctx.layout, recorder.room)
         if per_sample is not None:
             scores += recorder.record([(weight, Dense(per_sample))], ctx.like)
             return per_sample.sum(0)

@@ -1,7 +1,7 @@
 """Scale and shift by a weight that broadcasts over the samples: hand-written norms, LayerScale, position embeddings.
 
 Written for the weight expanded to every sample: y = x·w gives g_i = Σ_t gy·x, y = x + w gives g_i = Σ_t gy, summed
-down to the shape of w.
+down to the shape of w. A shift that has rows of its own for every sample (`Apart`) is not summed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.capture.call import Call, rule
-from assay.capture.factors import Factors
+from assay.capture.factors import Apart, Factors
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 
@@ -61,15 +61,23 @@ def _shift(call: Call, signs: tuple[float, float]) -> Any:
         return NotImplemented
     _, weight, mark, position = pair
     layout = call.capture.layout_by_shape(call)
-    shape = tuple(weight.shape)
-    if layout is None or not _broadcasts(weight, layout, call.args[1 - position]):
+    shape, x = tuple(weight.shape), call.args[1 - position]
+    if layout is None:
+        return NotImplemented
+    apart = isinstance(x, Tensor) and x.shape == shape  # a row for every sample: positions expanded to the batch
+    if not apart and not _broadcasts(weight, layout, x):
         return NotImplemented
     sign = signs[position]
 
     def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Factors]]:
-        return [(mark, call.spread(gy if sign == 1 else gy * sign, layout, shape))]
+        b = gy if sign == 1 else gy * sign
+        return [(mark, Apart(_itself, [weight.detach()], 0, b, layout) if apart else call.spread(b, layout, shape))]
 
     return call.observe(call.run(), explain)
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _data_and_weight(call: Call) -> tuple[Tensor, Tensor, Weight, int] | None:

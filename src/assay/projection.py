@@ -20,6 +20,7 @@ from assay.capture import Weights
 from assay.capture.bottleneck import Sides, projected, stream_factors
 from assay.capture.factors import Factors
 from assay.capture.marks import Weight
+from assay.capture.probe import WHOLE
 from assay.errors import InputError
 
 __all__ = ["Layer", "Projection", "Projector", "random_sides"]
@@ -162,10 +163,10 @@ class Projector:
         """`[B, width]` of zeros, to which uses are added."""
         return torch.zeros(batch, self.width, dtype=self.dtype, device=self.device)
 
-    def add(self, rows: Tensor, weight: Weight, factors: Factors) -> None:
-        """Add the projected gradients of one use to `rows` `[B, width]`."""
-        for param, part in projected(weight, factors, self.sides).items():
-            rows[:, self.slices[param]] += part.flatten(1)
+    def add(self, rows: Tensor, weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
+        """Add the projected gradients of one use by the samples of `part` to `rows` `[B, width]`."""
+        for param, found in projected(weight, factors, self.sides).items():
+            rows[part, self.slices[param]] += found.flatten(1)
 
     def rows(
         self,

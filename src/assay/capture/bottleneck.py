@@ -20,6 +20,7 @@ from assay.capture.factors import Apart, Dense, Directional, Factors, Lookup, Ou
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.mode import Capture
+from assay.capture.rounding import Rounded
 from assay.capture.weights import Weights
 from assay.errors import CoverageError, InputError
 from assay.targets import undisturbed
@@ -109,7 +110,7 @@ def stream_factors(
     capture = Capture(weights, size, strict=True)  # torch's own kernels: no weight gradient is asked of them
     due = check
 
-    def counted(weight: Weight, factors: Factors) -> None:
+    def counted(weight: Weight, factors: Factors, part: slice) -> None:  # whole: nothing is kept
         if weights.counts(weight, factors):
             take(weight, factors)
 
@@ -171,6 +172,8 @@ def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
     wanted = [param for param in weight.params if param in sides]
     if not wanted:
         return {}
+    if isinstance(factors, Rounded):
+        factors = factors.widened()
     if len(weight.params) == 1:
         (param,) = weight.params
         direct = _of_parameter(weight, factors, param)
@@ -200,6 +203,8 @@ def projected_through(
         sides: the projections.
         through: D by parameter; a number is a multiple of the identity. Parameters that it lacks are left out.
     """
+    if isinstance(factors, Rounded):  # what is written out is widened block by block
+        factors = factors.factors if isinstance(factors.factors, Dense) else factors.widened()
     plain = {p: sides[p] for p in weight.params if p in sides and p in through}
     if all(not isinstance(through[p], Tensor) for p in plain):
         return {p: part * through[p] for p, part in projected(weight, factors, plain).items()}
@@ -244,7 +249,7 @@ def _multiplied(gradients: Tensor, D: Tensor, sides: Sides) -> Tensor:
     parts = []
     for start in range(0, batch, block):
         some = gradients[start : start + block]
-        parts.append(_project(Dense(torch.mul(some, D, out=room[: len(some)])), sides))
+        parts.append(_project(Dense(room[: len(some)].copy_(some).mul_(D)), sides))
     return torch.cat(parts)
 
 

@@ -11,6 +11,7 @@ The batched form works through a few samples at a time, so that their gradients 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,7 @@ from assay.capture.layout import Layout
 from assay.capture.room import Room
 
 __all__ = [
+    "Blocks",
     "CostModel",
     "directional",
     "per_sample_gradients",
@@ -101,13 +103,20 @@ def weight_gradient_and_products(
 
 
 def per_sample_gradients(
-    a: Tensor, b: Tensor, layout: Layout, room: Room | None = None
-) -> Tensor | None:
-    """`[B, p, d]` written out, where their memory is worth the time; None otherwise.
+    a: Tensor, b: Tensor, layout: Layout, room: Room | None = None, low: bool = False
+) -> Blocks | None:
+    """`[B, p, d]` written out, a block of samples at a time, where their memory is worth the time; None otherwise.
 
     The batched product replaces the weight-gradient GEMM, so that these gradients cost memory traffic only, while a
     kept pair (a, b) costs one more GEMM later. The pair holds `T·(p + d)` entries per sample against `p·d`: less for
-    wide layers and short samples, more for long ones. They are written into `room` where there is one.
+    wide layers and short samples, more for long ones.
+
+    Args:
+        a: `[…, d]` activations.
+        b: `[…, p]` gradients of the output.
+        layout: where the samples are in both.
+        room: what memory is taken from.
+        low: hold them in bfloat16 where they are float32.
     """
     d, p, batch = a.shape[-1], b.shape[-1], layout.batch
     positions = b.numel() // max(p * batch, 1)
@@ -117,9 +126,46 @@ def per_sample_gradients(
     if not regular or not (dense <= pair or affordable):
         return None
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
-    if room is None:
-        return torch.bmm(b.transpose(1, 2), a)
-    return torch.bmm(b.transpose(1, 2), a, out=room.empty((batch, p, d), a.dtype, a.device))
+    return Blocks(a, b, room, low and a.dtype == torch.float32)
+
+
+class Blocks:
+    """Per-sample gradients `b_iᵀ a_i`, formed a block at a time: what else needs a block finds it in the cache.
+
+    Args:
+        a: `[B, T, d]`.
+        b: `[B, T, p]`.
+        room: what memory is taken from; without one all samples are one block.
+        low: hold them in bfloat16.
+
+    Attributes:
+        whole: `[B, p, d]`, filled as far as the iteration has come.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, room: Room | None, low: bool) -> None:
+        self._a, self._b, self._room = a, b, room
+        self._shape = (len(a), b.shape[2], a.shape[2])
+        if room is not None:
+            self.whole = room.empty(self._shape, torch.bfloat16 if low else a.dtype, a.device)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """The samples of a block, and their gradients `[samples, p, d]`; not to be kept."""
+        batch, p, d = self._shape
+        a, b = self._a, self._b
+        if self._room is None:  # in a compiler's hands
+            self.whole = torch.bmm(b.transpose(1, 2), a)
+            yield slice(None), self.whole
+            return
+        whole = self.whole
+        block = COST.samples_per_block(p, d, a.element_size(), a.device.type)
+        apart = None if whole.dtype == a.dtype else self._room.empty((min(block, batch), p, d), a.dtype, a.device)
+        for start in range(0, batch, block):
+            part = slice(start, min(start + block, batch))
+            out = whole[part] if apart is None else apart[: part.stop - start]
+            torch.bmm(b[part].transpose(1, 2), a[part], out=out)
+            if apart is not None:
+                whole[part] = out
+            yield part, out
 
 
 def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

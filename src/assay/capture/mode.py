@@ -38,7 +38,7 @@ from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors, apart_from
 from assay.capture.layout import Layout
 from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, rows_looked_up
-from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
+from assay.capture.probe import WHOLE, Explain, Observe, ObserveInPlace, Use
 from assay.capture.room import Room
 from assay.capture.rounding import rounded
 from assay.capture.tokens import ByToken, positions_in
@@ -76,7 +76,8 @@ class Capture(TorchFunctionMode):
         in_compiled_backward: while true, only calls with gradients are seen: a checkpoint that runs its forward pass
             again.
         kept: the per-sample gradients of the parameters in `keep`, use by use.
-        takes: called with each weight and its factored gradients when the backward pass meets a use.
+        takes: called with each weight, its factored gradients when the backward pass meets a use, and whose they are:
+            long ones come a few samples at a time.
         looking: takes their place, and that of all else, in a backward pass of somebody's own (`look`).
         positions: T of the longest sequence that entered the model, where tokens are followed.
     """
@@ -103,7 +104,7 @@ class Capture(TorchFunctionMode):
         self.coverage = coverage if coverage is not None else Coverage(weights.names)
         self.refused, self.room = refused, room
         self.kept: list[tuple[Weight, Factors]] = []
-        self.takes: list[Callable[[Weight, Factors], None]] = []
+        self.takes: list[Callable[[Weight, Factors, slice], None]] = []
         self.looking: Callable[[Weight, Factors], None] | None = None
         some = next(iter(weights.params))
         targets = next(iter(directions.values())).shape[0] if directions else 1
@@ -409,10 +410,10 @@ class Capture(TorchFunctionMode):
         storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
         self.kept = [(weight, apart_from(factors, storages)) for weight, factors in self.kept]
 
-    def hand_on(self, weight: Weight, factors: Factors) -> None:
-        """Show a use to those who take the factored gradients as they come."""
+    def hand_on(self, weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
+        """Show a use, or that of some samples, to those who take the factored gradients as they come."""
         for take in self.takes:
-            take(weight, factors)
+            take(weight, factors, part)
 
     def release(self) -> list[tuple[Weight, Factors]]:
         """Hand over what was kept; the capture itself may live on, in cycles, until garbage is collected."""

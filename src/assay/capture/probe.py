@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from assay.capture.contraction import per_sample_gradients, weight_gradient_and_products
+from assay.capture.contraction import Blocks, per_sample_gradients, weight_gradient_and_products
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.room import Room
+from assay.capture.rounding import Rounded
 
-__all__ = ["Observe", "ObserveInPlace", "ObservedLinear", "Recorder", "Use"]
+__all__ = ["WHOLE", "Observe", "ObserveInPlace", "ObservedLinear", "Recorder", "Use"]
+
+WHOLE = slice(None)  # all samples of a micro-batch
 
 # what the gradient of an operation's output and its saved tensors say of the weights it used
 Explain = Callable[[Tensor, Sequence[Tensor]], Sequence[tuple[Weight, Factors]]]
@@ -48,8 +51,11 @@ class Recorder(Protocol):
         """Keep the per-sample gradients of one use."""
         ...
 
-    def hand_on(self, weight: Weight, factors: Factors) -> None:
-        """Show a use to those who take the factored gradients as they come; `record` does so itself."""
+    def hand_on(self, weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
+        """Show a use to those who take the factored gradients as they come; `record` does so itself.
+
+        The factors are those of the samples of `part`.
+        """
         ...
 
     def fault(self, where: str, error: Exception) -> None:
@@ -58,6 +64,7 @@ class Recorder(Protocol):
 
     looking: Callable[[Weight, Factors], None] | None
     room: Room | None
+    rounded: bool
 
 
 @dataclass(frozen=True)
@@ -195,10 +202,9 @@ def _weight_backward(
     """The weight's gradient; its per-sample gradients are kept or added to `scores` on the way."""
     a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
     if weight is not None and recorder.keeps(weight):
-        per_sample = per_sample_gradients(a, b, ctx.layout, recorder.room)
-        if per_sample is not None:
-            scores += recorder.record([(weight, Dense(per_sample))], ctx.like)
-            return per_sample.sum(0)
+        blocks = per_sample_gradients(a, b, ctx.layout, recorder.room, recorder.rounded)
+        if blocks is not None:
+            return _block_by_block(recorder, weight, blocks, scores)
         recorder.keep(weight, Outer(x, gy, ctx.layout, ctx.transposed))
     if weight is not None:
         recorder.hand_on(weight, Outer(x, gy, ctx.layout, ctx.transposed))
@@ -211,3 +217,19 @@ def _weight_backward(
     for group, directions in groups.items():
         scores[group] += Outer(x, gy, ctx.layout, ctx.transposed).dot(directions)
     return b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1])
+
+
+def _block_by_block(recorder: Recorder, weight: Weight, blocks: Blocks, scores: Tensor) -> Tensor:
+    """The weight's gradient; its per-sample gradients are kept, shown and added to `scores` while they are formed."""
+    directions = recorder.directions_of(weight)
+    total: Tensor | None = None
+    for part, gradients in blocks:
+        summed = gradients.sum(0)
+        total = summed if total is None else total.add_(summed)
+        recorder.hand_on(weight, Dense(gradients), part)
+        for group, G in directions.items():
+            scores[group, :, part] += Dense(gradients).dot(G)
+    whole = Dense(blocks.whole)
+    recorder.keep(weight, Rounded(whole) if recorder.rounded and whole.gradients.dtype == torch.bfloat16 else whole)
+    assert total is not None
+    return total

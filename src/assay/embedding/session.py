@@ -21,6 +21,7 @@ from assay.capture import Capture
 from assay.capture.bottleneck import projected_through, refuse_uncovered
 from assay.capture.factors import Factors
 from assay.capture.marks import Weight
+from assay.capture.probe import WHOLE
 from assay.embedding.draws import logits_of, output_gradients
 from assay.embedding.header import Header, write_header
 from assay.embedding.resume import recorded_before, save_through
@@ -81,9 +82,9 @@ class _Watch:
             self.capture.look(logits, other, self._taker(self.drawn[n], self.kept_draws[n]))
 
     def _taker(self, rows: Tensor, kept: Kept | None) -> Any:
-        def take(weight: Weight, factors: Factors) -> None:
+        def take(weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
             if self.session.ready:
-                self.session.projector.add(rows, weight, factors)
+                self.session.projector.add(rows, weight, factors, part)
             if kept is not None and self.session.preconditioned:
                 kept.append((weight, factors))
 

@@ -1,15 +1,18 @@
 """What data value embeddings cost: recording beside a plain training step, and the post-pass beside LoGra's logging.
 
-* recording: a step inside `assay.Run` with `DataValueEmbedding(Projection(rank=16))` beside the plain step, SGD and
-  AdamW, with the empirical Fisher matrix and with one Gauss-Newton draw; interleaved, ratios within a round; bytes per
-  sample;
-* post-pass: `ledger.embeddings()` over recordings of growing length, samples per second, beside `Index.build`'s logging
-  of the same model, rank and dtype; both in the same rounds. The recorded rows are those of a few steps of that model,
-  repeated: what is measured does not depend on their values;
-* memory: the peak of the post-pass in a process of its own, over the shortest and the longest recording.
+* recording: a step inside `assay.Run` with `DataValueEmbedding` beside the plain step, SGD and AdamW: the empirical
+  Fisher matrix at ranks 16 and 64, and one Gauss-Newton draw at rank 16; one step of each per round in an order that
+  rotates, ratios within a round; bytes per sample on the disk;
+* post-pass: `ledger.embeddings()` over recordings of T, 2T, 4T and 8T steps, seconds and samples per second, beside
+  `Index.build`'s logging of the same model, rank and dtype in the same rounds, and the line through the seconds. The
+  recorded rows are those of a few steps of that model, repeated: what is measured does not depend on their values;
+* segments: the longest recording in as many segments by as many processes as there are threads, beside one segment by
+  one process with one thread;
+* memory: the peak of the post-pass in a process of its own, by length.
 
-    python benchmarks/embeddings.py            # about six minutes on two cores
+    python benchmarks/embeddings.py            # under six minutes on two cores
     python benchmarks/embeddings.py --quick    # under a minute, nothing written
+    python benchmarks/embeddings.py --docs     # writes the table in docs/embeddings.md from the results
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import argparse
 import importlib.util
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,9 @@ from assay.rows import DTYPES, Folder, RowWriter
 
 RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).parent
-RANK = 16
+DOCS = HERE.parent / "docs" / "embeddings.md"
+RANK = 16  # of the post-pass
+FORMS = (("fisher", 16), ("fisher", 64), ("ggn", 16))  # curvature and rank of the recordings
 
 
 def _sibling(name: str) -> Any:
@@ -53,6 +59,7 @@ def _sibling(name: str) -> Any:
 
 
 overhead = _sibling("overhead")
+SIZES = [overhead.Size(16, 256, 384, 2)]
 
 
 # --- recording ---
@@ -71,8 +78,8 @@ def tokens_of(size: Any, seed: int = 1) -> Tensor:
     return torch.randint(overhead.VOCABULARY, (size.batch, size.context + 1), generator=generator)
 
 
-def arm(size: Any, optimizer: str, kind: str, folder: Path) -> Callable[[], None]:
-    """One training step of that kind, on a model of its own."""
+def arm(size: Any, optimizer: str, kind: str, folder: Path, rank: int = RANK) -> Callable[[], None]:
+    """One training step of that kind ("plain", or the curvature that is recorded), on a model of its own."""
     model, _ = overhead.build(size, "gpt")
     opt, batch = overhead.OPTIMIZERS[optimizer](model), tokens_of(size)
 
@@ -83,8 +90,8 @@ def arm(size: Any, optimizer: str, kind: str, folder: Path) -> Callable[[], None
 
     if kind == "plain":
         return plain
-    method = assay.DataValueEmbedding(assay.Projection(rank=RANK), curvature=kind)  # type: ignore[arg-type]
-    out = folder / f"{size}-{optimizer}-{kind}"
+    method = assay.DataValueEmbedding(assay.Projection(rank=rank), curvature=kind)  # type: ignore[arg-type]
+    out = folder / f"{size}-{optimizer}-{kind}-{rank}"
     run, ids = assay.Run(model, opt, out=out, methods=[method]), list(range(size.batch))
 
     def recording() -> None:
@@ -100,26 +107,27 @@ def arm(size: Any, optimizer: str, kind: str, folder: Path) -> Callable[[], None
 def measure_recording(size: Any, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of medians and quartiles."""
     device = torch.device("cpu")
-    kinds = ("plain", "fisher", "ggn")
-    arms = {(o, k): arm(size, o, k, folder) for o in overhead.OPTIMIZERS for k in kinds}
-    keys: list[tuple[str, str]] = list(arms)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    kinds = (("plain", 0), *FORMS)
+    arms = {(o, *form): arm(size, o, form[0], folder, form[1]) for o in overhead.OPTIMIZERS for form in kinds}
+    keys: list[tuple[str, str, int]] = list(arms)
+    times: dict[tuple[str, str, int], list[float]] = {key: [] for key in keys}
     for number in range(options.warmup + options.rounds):
         for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
             taken = overhead.seconds(arms[key], device)
             if number >= options.warmup:
                 times[key].append(taken)
     rows = []
-    for (optimizer, kind), taken in times.items():
-        row = {
+    for (optimizer, kind, rank), taken in times.items():
+        row: dict[str, Any] = {
             "size": size._asdict(),
             "optimizer": optimizer,
             "arm": kind,
+            "rank": rank,
             "seconds": overhead.summary(taken),
         }
-        ratios = [a / b for a, b in zip(taken, times[optimizer, "plain"], strict=True)]
+        ratios = [a / b for a, b in zip(taken, times[optimizer, "plain", 0], strict=True)]
         row["ratio"] = overhead.summary(ratios)
-        run = getattr(arms[optimizer, kind], "run", None)
+        run = getattr(arms[optimizer, kind, rank], "run", None)
         row["bytes_per_sample"] = None
         if run is not None:
             run.close()
@@ -149,7 +157,7 @@ def recording_of(size: Any, steps: int, out: Path) -> None:
         for _ in range(8):
             step()
         step.run.close()  # type: ignore[attr-defined]
-        shutil.move(inner / f"{size}-adamw-fisher", short)
+        shutil.move(inner / f"{size}-adamw-fisher-{RANK}", short)
     shutil.copytree(short, out)
     shutil.rmtree(out / "embeddings" / "rows")
     source = Recorded(Folder(short / "embeddings")).reader
@@ -177,6 +185,7 @@ def measure_post_pass(size: Any, options: argparse.Namespace, folder: Path) -> d
     batches = [(list(range(n * size.batch, (n + 1) * size.batch)), tokens_of(size, n)) for n in range(4)]
     logging: list[float] = []
     post: dict[int, list[float]] = {steps: [] for steps in lengths}
+    seconds: dict[int, list[float]] = {steps: [] for steps in lengths}
     for _ in range(options.post_rounds):
         started, ended = time.perf_counter(), 0.0
 
@@ -196,20 +205,48 @@ def measure_post_pass(size: Any, options: argparse.Namespace, folder: Path) -> d
                 shutil.rmtree(built)
             started = time.perf_counter()
             found = assay.open(run).embeddings()
-            post[steps].append(len(found) / (time.perf_counter() - started))
+            seconds[steps].append(time.perf_counter() - started)
+            post[steps].append(len(found) / seconds[steps][-1])
     longest = post[lengths[-1]]
     ratios = [a / b for a, b in zip(longest, logging, strict=True)]
+    middle = {steps: statistics.median(values) for steps, values in seconds.items()}
     return {
         "size": size._asdict(),
         "width": Recorded(Folder(runs[lengths[0]] / "embeddings")).header.width,
         "logging_samples_per_second": overhead.summary(logging),
         "post_pass_samples_per_second": {str(s): overhead.summary(v) for s, v in post.items()},
         "ratio": overhead.summary(ratios),
-        "seconds_per_sample_longest_over_shortest": overhead.summary(
-            [a / b for a, b in zip(post[lengths[0]], longest, strict=True)]
-        ),
+        "seconds": {str(s): overhead.summary(v) for s, v in seconds.items()},
+        "line": line(middle),
+        "segments": segments_of(runs[lengths[-1]], options),
         "peak_bytes": {str(steps): peak_of(run) for steps, run in runs.items()},
     }
+
+
+def line(seconds: Mapping[int, float]) -> dict[str, float]:
+    """Least squares: `seconds = offset + per_step · steps`, and the share of their variance that it explains."""
+    slope, offset = statistics.linear_regression(list(seconds), list(seconds.values()))
+    return {
+        "offset_seconds": offset,
+        "seconds_per_step": slope,
+        "r_squared": statistics.correlation(list(seconds), list(seconds.values())) ** 2,
+    }
+
+
+def segments_of(run: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a build on one thread by one process, and in segments by several at once."""
+    taken: dict[int, list[float]] = {1: [], options.threads: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(3):
+        for workers, values in taken.items():
+            for built in run.glob("embeddings/built-*"):
+                shutil.rmtree(built)
+            started = time.perf_counter()
+            assay.open(run).embeddings(segments=workers, workers=workers)
+            values.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return {str(workers): overhead.summary(values) for workers, values in taken.items()}
 
 
 def peak_of(run: Path) -> int:
@@ -236,22 +273,74 @@ def peak(run: Path) -> int:
 def show(document: dict[str, Any], console: Console) -> None:
     """What was measured, as tables."""
     table = Table(title="recording: one training step, ratios to the plain step: medians (quartiles)")
-    for column in ("size", "optimizer", "arm", "seconds", "ratio", "bytes per sample"):
+    for column in ("size", "optimizer", "arm", "rank", "seconds", "ratio", "bytes per sample"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in document["recording"]:
         r = row["ratio"]
         spread = f"{r['median']:.3f} ({r['lower_quartile']:.2f}-{r['upper_quartile']:.2f})"
         size = "" if row["bytes_per_sample"] is None else f"{row['bytes_per_sample']:.0f}"
         seconds = f"{row['seconds']['median']:.4f}"
-        table.add_row(str(overhead.Size(**row["size"])), row["optimizer"], row["arm"], seconds, spread, size)
+        named = (str(overhead.Size(**row["size"])), row["optimizer"], row["arm"], str(row["rank"] or ""))
+        table.add_row(*named, seconds, spread, size)
     console.print(table)
     for row in document["post_pass"]:
         rates = {s: f"{v['median']:.0f}" for s, v in row["post_pass_samples_per_second"].items()}
         peaks = {s: f"{v / 2**20:.0f}" for s, v in row["peak_bytes"].items()}
         console.print(
             f"{overhead.Size(**row['size'])}: logging {row['logging_samples_per_second']['median']:.1f} samples/s, "
-            f"post-pass by steps {rates}, ratio {row['ratio']['median']:.1f}, peak MiB {peaks}"
+            f"post-pass by steps {rates}, ratio {row['ratio']['median']:.1f}, peak MiB {peaks}, line {row['line']}, "
+            f"segments {row['segments']}"
         )
+
+
+MARKS = ("<!-- figures of benchmarks/embeddings.py -->\n", "<!-- until here -->\n")
+
+
+def figures(document: dict[str, Any]) -> str:
+    """What `docs/embeddings.md` shows of the results."""
+    machine, lines = document["machine"], []
+    lines += [
+        f"On {machine['threads']} cores of one {machine['cpu']} (torch {machine['torch'].split('+')[0]}), "
+        f"medians and quartiles of {document['rounds']} rounds; `python benchmarks/embeddings.py`.\n",
+        "| batch × context × width × layers | optimizer | recorded | rank | step over plain step | bytes per sample |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["recording"]:
+        if row["arm"] != "plain":
+            size, r = " × ".join(map(str, row["size"].values())), row["ratio"]
+            spread = f"{r['median']:.2f} ({r['lower_quartile']:.2f}–{r['upper_quartile']:.2f})"
+            cells = (
+                size,
+                row["optimizer"],
+                row["arm"],
+                str(row["rank"]),
+                spread,
+                f"{row['bytes_per_sample']:.0f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    for row in document["post_pass"]:
+        size, line = " × ".join(map(str, row["size"].values())), row["line"]
+        seconds = ", ".join(f"{s}: {v['median']:.2f}" for s, v in row["seconds"].items())
+        peaks = ", ".join(f"{v / 2**20:.0f}" for v in row["peak_bytes"].values())
+        apart = ", ".join(f"{n}: {v['median']:.2f}" for n, v in row["segments"].items())
+        longest = list(row["post_pass_samples_per_second"].values())[-1]["median"]
+        lines.append(
+            f"\nThe post-pass over a recording of {size} (AdamW, rank {document['rank']}, {row['width']} numbers per "
+            f"vector) goes through {longest:.0f} samples per second, {row['ratio']['median']:.0f} times as many as "
+            f"`Index.build` logs of the same model. Seconds by steps: {seconds}; the line through them has "
+            f"{1e3 * line['seconds_per_step']:.2f} ms per step and explains {100 * line['r_squared']:.2f} % of their "
+            f"variance. Peak memory beyond what the process held before, in MiB by the same lengths: {peaks}. "
+            f"Seconds for the longest by number of processes, each with one thread and a segment: {apart}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_docs() -> None:
+    """Put the figures of the committed results into the page."""
+    document = json.loads((RESULTS / "embeddings-cpu.json").read_text(encoding="utf-8"))
+    before, _, rest = DOCS.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    DOCS.write_text(before + MARKS[0] + figures(document) + MARKS[1] + after, encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -266,7 +355,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--post-rounds", type=int, help="timed post-passes of each length (5; 2 with --quick)"
     )
-    result.add_argument("--lengths", type=int, nargs="+", help="steps of the recordings (64 128 256)")
+    result.add_argument("--lengths", type=int, nargs="+", help="steps of the recordings (64 128 256 512)")
+    result.add_argument("--docs", action="store_true", help="only write docs/embeddings.md from the results")
     result.add_argument("--warmup", type=int, default=2)
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--folder", type=Path, help="where runs are written for a while")
@@ -283,10 +373,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.peak_of:
         print(peak(options.peak_of))
         return
+    if options.docs:
+        write_docs()
+        return
     options.rounds = options.rounds or (3 if options.quick else 11)
     options.post_rounds = options.post_rounds or (2 if options.quick else 5)
-    options.lengths = options.lengths or ([8, 16] if options.quick else [64, 128, 256])
-    sizes = options.size or (overhead.QUICK if options.quick else overhead.SIZES)
+    options.lengths = options.lengths or ([8, 16] if options.quick else [64, 128, 256, 512])
+    sizes = options.size or (overhead.QUICK if options.quick else SIZES)
     chosen = options.only or ["recording", "post-pass"]
     console = Console()
     console.width = max(console.width, 100)
@@ -294,6 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     document: dict[str, Any] = {
         "machine": overhead.machine(options),
         "rank": RANK,
+        "rounds": options.rounds,
         "recording": [],
         "post_pass": [],
     }

@@ -158,7 +158,9 @@ class Blocks:
             return
         whole = self.whole
         block = COST.samples_per_block(p, d, a.element_size(), a.device.type)
-        apart = None if whole.dtype == a.dtype else self._room.empty((min(block, batch), p, d), a.dtype, a.device)
+        apart = (
+            None if whole.dtype == a.dtype else self._room.empty((min(block, batch), p, d), a.dtype, a.device)
+        )
         for start in range(0, batch, block):
             part = slice(start, min(start + block, batch))
             out = whole[part] if apart is None else apart[: part.stop - start]

@@ -230,6 +230,8 @@ def _block_by_block(recorder: Recorder, weight: Weight, blocks: Blocks, scores: 
         for group, G in directions.items():
             scores[group, :, part] += Dense(gradients).dot(G)
     whole = Dense(blocks.whole)
-    recorder.keep(weight, Rounded(whole) if recorder.rounded and whole.gradients.dtype == torch.bfloat16 else whole)
+    recorder.keep(
+        weight, Rounded(whole) if recorder.rounded and whole.gradients.dtype == torch.bfloat16 else whole
+    )
     assert total is not None
     return total

@@ -43,7 +43,8 @@ class Room:
         block = self._block(size)
         handed = block[:size]
         weakref.finalize(handed, self._free.append, block).atexit = False
-        return torch.from_numpy(handed).view(dtype).view(*shape)  # holds `handed` as long as its memory is used
+        filled = torch.from_numpy(handed)  # holds `handed` as long as its memory is used
+        return filled.view(dtype).view(*shape)
 
     def clear(self) -> None:
         """Let go of what is not used now."""

@@ -53,7 +53,8 @@ class DataValueEmbedding:
     `ledger.embeddings(...)` builds them, `ledger.value_for(...)` values samples for targets that training did not know.
 
     Args:
-        projection: how gradients are made small; by default `Projection(rank=16)`.
+        projection: how gradients are made small; by default `Projection(rank=32)`, random. Principal axes keep more at
+            half the rank: `Projection(rank=16, kind="pca")` with `axes`.
         ranks: other ranks for some parameters, by name.
         budget: numbers per gradient and sample, in place of a rank: the largest rank that keeps within them.
         axes: where `projection.kind` is "pca": examples and their loss, whose covariances at the first weights give the
@@ -93,7 +94,7 @@ class DataValueEmbedding:
         shard: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.projection = projection or Projection(rank=16)
+        self.projection = projection or Projection(rank=32)
         if curvature not in get_args(Curvature):
             raise InputError(
                 f"DataValueEmbedding(curvature={curvature!r}) is not known; choose 'fisher' or 'ggn'."

@@ -64,14 +64,21 @@ def _shift(call: Call, signs: tuple[float, float]) -> Any:
     shape, x = tuple(weight.shape), call.args[1 - position]
     if layout is None:
         return NotImplemented
-    apart = isinstance(x, Tensor) and x.shape == shape  # a row for every sample: positions expanded to the batch
+    apart = (
+        isinstance(x, Tensor) and x.shape == shape
+    )  # a row for every sample: positions expanded to the batch
     if not apart and not _broadcasts(weight, layout, x):
         return NotImplemented
     sign = signs[position]
 
     def explain(gy: Tensor, saved: Any) -> list[tuple[Weight, Factors]]:
         b = gy if sign == 1 else gy * sign
-        return [(mark, Apart(_itself, [weight.detach()], 0, b, layout) if apart else call.spread(b, layout, shape))]
+        return [
+            (
+                mark,
+                Apart(_itself, [weight.detach()], 0, b, layout) if apart else call.spread(b, layout, shape),
+            )
+        ]
 
     return call.observe(call.run(), explain)
 

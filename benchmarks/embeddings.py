@@ -235,7 +235,7 @@ def line(seconds: Mapping[int, float]) -> dict[str, float]:
 
 def segments_of(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a build on one thread by one process, and in segments by several at once."""
-    taken: dict[int, list[float]] = {1: [], options.threads: []}
+    taken: dict[int, list[float]] = {1: [], max(2, options.threads): []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(3):
@@ -335,12 +335,13 @@ def figures(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_docs() -> None:
-    """Put the figures of the committed results into the page."""
-    document = json.loads((RESULTS / "embeddings-cpu.json").read_text(encoding="utf-8"))
+def page() -> str:
+    """`docs/embeddings.md` with the figures of the committed results; without any where there are none."""
+    results = RESULTS / "embeddings-cpu.json"
+    shown = figures(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    DOCS.write_text(before + MARKS[0] + figures(document) + MARKS[1] + after, encoding="utf-8")
+    return before + MARKS[0] + shown + MARKS[1] + after
 
 
 def parser() -> argparse.ArgumentParser:
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(peak(options.peak_of))
         return
     if options.docs:
-        write_docs()
+        DOCS.write_text(page(), encoding="utf-8")
         return
     options.rounds = options.rounds or (3 if options.quick else 11)
     options.post_rounds = options.post_rounds or (2 if options.quick else 5)
@@ -407,6 +408,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written to {out}")
+        if out.parent == RESULTS:
+            DOCS.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import assay
-from assay.capture import Weights
+from assay.capture import Weights, contraction, room
 from assay.embedding.header import draw_sides
 from assay.embedding.recorded import Recorded
 from tests.embedding.runs import BATCH, CLASSES, OPTIMIZERS, data, loss_fn, network, order, record, recorded
@@ -202,6 +202,39 @@ def test_two_methods_book_what_each_books_alone(optimizer: str, path: str) -> No
     torch.testing.assert_close(*pair)
     with pytest.raises(assay.InputError, match="InRunShapley is there twice"):
         assay.Run(model, opt, methods=[shapley, shapley])
+
+
+@pytest.mark.parametrize("memory", ["keep", "reduced"])
+def test_gradients_formed_a_sample_at_a_time_are_those_formed_at_once(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = data()
+    target = assay.Target([(x[:6], y[:6])], loss_fn)
+    found = []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(contraction, "COST", contraction.CostModel(block_bytes=1))
+            monkeypatch.setattr(room, "LARGE", 1)  # memory that one step leaves is the next one's
+        shapley = assay.InRunShapley({"one": target}, path="trapezoid", memory=memory)
+        model, run = record("adamw", methods=[shapley])
+        values = torch.from_numpy(run.ledger.steps("one")["value"].to_numpy().copy())
+        found.append((recorded(run).read(0, 36), values, *model.parameters()))
+    for once, one_by_one in zip(*found, strict=True):
+        torch.testing.assert_close(one_by_one, once, rtol=1e-10, atol=1e-14)
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LARGE", 1)
+    memory, cpu = room.Room(), torch.device("cpu")
+    first = memory.empty((4, 3), torch.float32, cpu)
+    part, place = first[1:], first.data_ptr()
+    del first  # a view of it is still there
+    other = memory.empty((4, 3), torch.float32, cpu).data_ptr()
+    assert other != place
+    del part
+    assert {memory.empty((2, 6), torch.bfloat16, cpu).data_ptr() for _ in range(4)} <= {place, other}
+    memory.clear()
+    assert memory._free == []
 
 
 def test_a_budget_is_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ import torch
 import assay
 from assay.demo import CORPUS, SETTINGS
 from assay.train import load_config, train
-from assay.train.loop import prepare, token_mean_loss
+from assay.train.loop import Setup, _embedding, prepare, token_mean_loss
 from experiments.command import run_parts_as_command
 from experiments.embeddings.common import spearman
 
 STEPS, SEED = 30, 0
 
 
-def recorded(method: assay.DataValueEmbedding | None) -> list[dict[str, Any]]:
-    """Spearman by target; without a method that of `assay train --embeddings`."""
+def recorded(change: Callable[[assay.DataValueEmbedding], assay.DataValueEmbedding]) -> list[dict[str, Any]]:
+    """Spearman by target, with another method in the place of that of `assay train --embeddings`."""
+
+    def instead(setup: Setup) -> list[assay.DataValueEmbedding]:
+        return [change(method) for method in usual(setup)]
+
+    usual = _embedding
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", assay.AssayWarning)
         settings = {
@@ -31,11 +37,8 @@ def recorded(method: assay.DataValueEmbedding | None) -> list[dict[str, Any]]:
             "attribution.measure_every": 0, "attribution.embeddings": True,
         }  # fmt: skip
         config = load_config(SETTINGS, settings)
-        if method is None:
+        with patch("assay.train.loop._embedding", instead):
             ledger = train(config).ledger
-        else:
-            with patch("assay.train.loop._embedding", lambda _: [method]):
-                ledger = train(config).ledger
         setup, path, table = prepare(config), config.attribution.path, []
         for name, batch in setup.targets.items():
             found = ledger.value_for(assay.Target([batch], token_mean_loss), setup.model, path)  # type: ignore[arg-type]
@@ -49,10 +52,16 @@ def recorded(method: assay.DataValueEmbedding | None) -> list[dict[str, Any]]:
         return table
 
 
+def finer_table(method: assay.DataValueEmbedding) -> assay.DataValueEmbedding:
+    """More axes for the table of the tokens, which is the head as well."""
+    method.ranks["token.weight"] = 64
+    return method
+
+
 PARTS = {
-    "assay train --embeddings": partial(recorded, None),
-    "DataValueEmbedding()": lambda: recorded(assay.DataValueEmbedding()),
-    "random 16": lambda: recorded(assay.DataValueEmbedding(assay.Projection(rank=16))),
+    "assay train --embeddings": partial(recorded, lambda method: method),
+    "the same, token table at rank 64": partial(recorded, finer_table),
+    "DataValueEmbedding()": partial(recorded, lambda _: assay.DataValueEmbedding()),
 }
 
 

@@ -102,5 +102,44 @@ def stages(r: Result) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-SECTIONS: dict[str, Callable[[Result], str]] = {"embeddings_mnist": mnist, "embeddings_gpt": gpt}
+def demo(r: Result) -> str:
+    """Spearman of `value_for` by form and target."""
+    lines = [
+        [form, row["target"], row["path"], f"{row['by_id']:.3f}"]
+        for form, rows in r["parts"].items()
+        for row in rows
+    ]
+    return (
+        "## Values for a late target on the demo's run\n\n"
+        f"GPT of 4 layers, width 128; {r['training']}, seed {r['seed']}. `value_for` each of the run's targets, beside their values computed while it ran: Spearman over the "
+        "documents.\n\n" + table(["recorded by", "target", "path", "Spearman"], lines)
+    )
+
+
+def low_rank(r: Result) -> str:
+    """Time and fidelity of a low-rank M."""
+    lines = [
+        [
+            row["width"],
+            "whole" if row["rank"] is None else row["rank"],
+            f"{row['seconds']:.2f}",
+            f"{row['spearman']:.5f}",
+            f"{row['without_curvature']:.4f}" if row["rank"] is None else "",
+        ]
+        for row in r["table"]
+    ]
+    return (
+        f"## A low-rank M\n\n{r['training']}, seed {r['seed']}. The same recursion with M = U Vᵀ, cut back to its "
+        "rank whenever it has twice as many columns: seconds of the processor, and Spearman of the influence with that "
+        "of the whole M; in the last column that of no M at all.\n\n"
+        + table(["coordinates of the block", "rank of M", "seconds", "Spearman", "without M"], lines)
+    )
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "embeddings_mnist": mnist,
+    "embeddings_gpt": gpt,
+    "embeddings_demo": demo,
+    "embeddings_low_rank": low_rank,
+}
 PLOTS: dict[str, tuple[str, Callable[[Result], str]]] = {"results-stages.svg": ("embeddings_gpt", stages)}

@@ -166,7 +166,7 @@ class Attribution(Section):
     granularity: Literal["sample", "token"] = "sample"
     snapshots: Annotated[int, Field(ge=1)] | str | None = None
     embeddings: bool = False
-    rank: Count = 16
+    rank: Count = 32
     curvature: Literal["fisher", "ggn"] = "fisher"
 
 

@@ -111,8 +111,9 @@ def demo(r: Result) -> str:
     ]
     return (
         "## Values for a late target on the demo's run\n\n"
-        f"GPT of 4 layers, width 128; {r['training']}, seed {r['seed']}. `value_for` each of the run's targets, beside their values computed while it ran: Spearman over the "
-        "documents.\n\n" + table(["recorded by", "target", "path", "Spearman"], lines)
+        f"GPT of 4 layers, width 128; {r['training']}, seed {r['seed']}. `value_for` each of the run's targets, "
+        "beside their values computed while it ran: Spearman over the documents.\n\n"
+        + table(["recorded by", "target", "path", "Spearman"], lines)
     )
 
 

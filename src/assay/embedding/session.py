@@ -248,7 +248,9 @@ class EmbeddingSession:
         )  # fmt: skip
         if self.through is not self.projector.sides:
             names = self.context.weights.names
-            save_through(self.folder, {names[p]: sides.to("cpu") for p, sides in self.through.items()})
+            save_through(
+                self.folder, {names[p]: sides.to(torch.device("cpu")) for p, sides in self.through.items()}
+            )
         write_header(self.folder, header, self.sides)
         self._writer = self._rows_of_header(header)
 

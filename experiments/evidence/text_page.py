@@ -162,7 +162,7 @@ def composition_plot(r: Result) -> str:
     """Shares of the domains over the steps, a panel for each of four targets, as SVG."""
     found = by(r["composition"], "target", "domain")
     domains = order(r["composition"], "domain")
-    low, high = -0.1, 0.6
+    low, high = -0.2, 1.0
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 560" font-family="sans-serif" font-size="11">',
         "<title>Share of each domain in what a window of the training did for a target</title>",
@@ -171,7 +171,7 @@ def composition_plot(r: Result) -> str:
     for n, target in enumerate(order(r["composition"], "target")):
         left, top = 46 + 300 * (n % 2), 30 + 260 * (n // 2)
         parts.append(f'<text x="{left}" y="{top - 8}" font-weight="bold">for {target}</text>')
-        for tick in (0.0, 0.2, 0.4, 0.6):
+        for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
             y = top + 200 * (high - tick) / (high - low)
             parts.append(f'<line x1="{left}" x2="{left + 250}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
             parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:.0%}</text>')

@@ -48,7 +48,7 @@ def task() -> Task:
         make_model, losses,
         data=pair(mixture(DOMAINS, EXAMPLES, seed=0)), queries=pair(asked),
         training=SubsetTraining(adamw, epochs=12, batch=32),
-        subsets=64, seeds=range(3), checkpoints=range(3), rank=16,
+        subsets=64, seeds=range(4), checkpoints=range(3), rank=16,
         methods=METHODS | LINEAR_METHODS,
     )  # fmt: skip
 

@@ -1,10 +1,10 @@
 """One micro-batch seen backwards: the Hessian of its loss times λ_g, and every sample's ⟨g_i, λ_g⟩ with it.
 
-The gradient is taken once, with a graph of its own (double backward), under the capture: the per-sample inner products
-with λ_g are the gradient of its probe (`assay.capture`), for all queries at once, and differentiating the gradient
-along λ_g gives H λ_g. For a single query there is a shorter way: the inner products add up to ⟨∇L, λ_g⟩, so that their
-own gradient is H λ_g, and no weight gradient is formed. Whether the model's operations keep that link is compared on
-the first micro-batch. The Gauss-Newton form Jᵀ (∂²ℓ/∂out²) J λ_g goes through the outputs of a module instead.
+The gradient is taken once, with a graph of its own (double backward), under the capture, which explains every use of a
+weight: from these uses come the per-sample inner products with λ_g and the points where H λ_g enters the graph
+(`links`). All queries share the forward pass and the gradient, and no weight gradient is formed. Whether the model's
+operations keep what that takes is compared on the first micro-batch; where they do not, the weights' gradients are
+differentiated along λ_g. The Gauss-Newton form Jᵀ (∂²ℓ/∂out²) J λ_g goes through the outputs of a module instead.
 
 Attention runs on its plain kernel here, since the fused ones have no second derivative. Where some other operation
 has none, gradients at two near-by points are differenced instead, and a warning says so.
@@ -29,6 +29,7 @@ from assay.capture.check import check_capture
 from assay.capture.fallback import Boundary
 from assay.errors import AssayWarning, InputError
 from assay.replay.flat import Flat
+from assay.replay.links import entries, links
 from assay.replay.twice import TwiceCapture
 from assay.snapshots import RandomState, set_random_state
 from assay.targets import without_reentrant_checkpoints
@@ -40,6 +41,7 @@ ROUGH = {
     torch.float64: 1e-3,
     torch.float32: 0.3,
 }  # how near differences must come: kinks and rounding are in them
+CACHED = 2 << 20  # bytes of a tensor that passes through the machine without leaving its caches
 LINKED = {torch.float64: 1e-9, torch.float32: 1e-3}  # how near the short way must come, relative
 
 
@@ -130,9 +132,9 @@ class Curvature:
         return seen
 
     def _twice(self, batch: Any, rows: int, random: RandomState, of_g: Tensor) -> Seen:
-        """By double backward; for one query by the short way, once that has been seen to agree."""
+        """By double backward: from the uses of the weights, once that has been seen to agree; else by way of ∇L."""
         short = None
-        if len(of_g) == 1 and self._linked is not False:
+        if self._linked is not False:
             try:
                 short = self._short(batch, rows, random, of_g)
             except RuntimeError:  # a rule that cannot be differentiated, not an operation
@@ -141,12 +143,14 @@ class Curvature:
                 self._linked = False
             if short is not None and self._linked:
                 return short
-        seen, found = self._watched(batch, rows, random, of_g, twice=True)
-        seen.products = self._differentiate(found, of_g)
-        if short is not None and short.products is not None:
-            apart = float((short.products - seen.products).norm())
-            self._linked = apart <= LINKED.get(of_g.dtype, 3e-2) * float(seen.products.norm())
-        return seen
+        compared = of_g if short is None else of_g[:1]
+        seen, found = self._watched(batch, rows, random, compared, twice=True)
+        seen.products = self._differentiate(found, compared)
+        if short is None:
+            return seen
+        apart = float((short.products[:1] - seen.products).norm())
+        self._linked = apart <= LINKED.get(of_g.dtype, 3e-2) * float(seen.products.norm())
+        return short if self._linked else self._twice(batch, rows, random, of_g)
 
     def _verify(self, seen: Seen, batch: Any, random: RandomState, of_g: Tensor) -> None:
         """Once: the second derivative is near that of differences, which not every operation's own formula is.
@@ -165,15 +169,31 @@ class Curvature:
             )
 
     def _short(self, batch: Any, rows: int, random: RandomState, of_g: Tensor) -> Seen:
-        """H λ_g as the gradient of the samples' inner products: no weight gradient is formed."""
-        capture, loss, found, boundary = self._pass(batch, rows, random, of_g, True, weights=False)
-        (probe,) = found
-        if probe is None or not probe.requires_grad:
-            return self._seen(capture, loss, probe, boundary)
-        curved = torch.autograd.grad(probe.sum(), self.flat.params, allow_unused=True)
+        """H λ_g as the gradient of the samples' inner products: no weight gradient is formed.
+
+        The forward pass and the gradient are shared by all queries. The products go through the graph one query at a
+        time where the machine is full with one, and together where a pass is mostly overhead.
+        """
+        capture, loss, (probe,), boundary = self._pass(batch, rows, random, of_g, True, weights=False)
         seen = self._seen(capture, loss, probe, boundary)
-        seen.products = self.flat.join(curved)[None]
+        directions = dict(zip(self.flat.params, self.flat.split(of_g), strict=True))
+        together = self._together(len(of_g) * entries(capture.put_aside), of_g)
+        size = len(of_g) if together else 1
+        products = []
+        for start in range(0, len(of_g), size):
+            part = slice(start, start + size)
+            some = {p: directions[p][part] for p in self.weights.params}
+            found = links(capture.put_aside, some, seen.scores[part])
+            seen.scores[part] += found.scores
+            curved = self._batched(found.roots, self.flat.params, found.slopes, start + size < len(of_g))
+            products.append(self.flat.join_rows(curved, size))
+            del found
+        seen.products = torch.cat(products)
         return seen
+
+    def _together(self, entries: int, like: Tensor) -> bool:
+        """Whether a tensor of so many entries is small enough that passes of several queries share their overhead."""
+        return entries * like.element_size() <= (CACHED if like.device.type == "cpu" else 64 * CACHED)
 
     def _watched(
         self, batch: Any, rows: int, random: RandomState, of_g: Tensor, twice: bool
@@ -243,7 +263,9 @@ class Curvature:
         self, roots: Sequence[Tensor], inputs: Sequence[Tensor], rows: Sequence[Tensor], keep: bool = False
     ) -> list[Tensor | None]:
         """`[queries, *input.shape]`: Σ rowsᵀ ∂roots/∂inputs."""
-        queries = len(rows[0])
+        queries = len(rows[0]) if rows else 0
+        if not roots:
+            return [None for _ in inputs]
         if queries > 1 and not self._looped:
             try:
                 return list(

@@ -6,7 +6,7 @@ there; the per-sample inner products are read in the first pass, and have no der
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from assay.capture import Capture
 from assay.capture.call import Call, operands
+from assay.capture.factors import Factors
 from assay.capture.layout import Layout
-from assay.capture.marks import Weight
+from assay.capture.marks import Data, Weight
 from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
+from assay.replay.pointwise import KNOWN, pointwise
 
 __all__ = ["TwiceCapture"]
 
@@ -26,13 +28,29 @@ class TwiceCapture(Capture):
 
     Attributes:
         measuring: whether the nodes read inner products; to be switched off before the second pass.
-        linked: whether the inner products themselves can be differentiated. Their sum over the samples is ⟨∇L, λ⟩,
-            whose gradient is H λ: the weight gradients need not be formed at all. Rules that differentiate forward
-            (convolutions, operations without a rule of their own) lose that link, so its result is to be compared.
+        linked: whether the uses are put aside with their history, in `put_aside`, for `assay.replay.links`, instead
+            of being contracted at once. Rules that differentiate forward (convolutions, operations without a rule of
+            their own) lose that history, so what is made of it is to be compared.
     """
 
     measuring = True
     linked = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.put_aside: list[tuple[Weight, Factors]] = []
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `func`; an activation of the samples so that several queries share its second derivative."""
+        if func in KNOWN and len(args) == 1 and torch.is_grad_enabled() and self.linked:
+            mark = self.mark_of(args[0])
+            if isinstance(mark, Data) and args[0].requires_grad:
+                with torch._C.DisableTorchFunction():
+                    y = pointwise(func, args[0], kwargs)
+                if y is not None:
+                    self._set(y, mark)
+                    return y
+        return super()._follow(func, args, kwargs)
 
     def observe(
         self, call: Call, y: Tensor, explain: Explain, saved: Sequence[Tensor], layout: Layout | None = None
@@ -61,8 +79,8 @@ class _Pass(Observe):
         saved = ctx.saved_tensors
         if ctx.use.recorder.linked:
             with torch._C.DisableTorchFunction():
-                scores = ctx.use.recorder.record(ctx.use.explain(gy, saved), ctx.like)
-            return (gy, scores, None, *(None for _ in saved))
+                ctx.use.recorder.put_aside += ctx.use.explain(gy, saved)
+            return (gy, torch.zeros_like(ctx.like), None, *(None for _ in saved))
         with torch.no_grad(), torch._C.DisableTorchFunction():
             fixed = [x.detach() for x in saved]
             scores = ctx.use.recorder.record(ctx.use.explain(gy.detach(), fixed), ctx.like)

@@ -3,9 +3,10 @@
 A GPT is trained with AdamW and clipping for some steps: plainly, and with snapshots; then its adjoint is taken for one
 target and for eight together. One round does all four, in an order that rotates, so that whatever else the machine
 does hits all of them alike; ratios are taken within a round, and the table gives medians and quartiles. Peak memory is
-measured in a process of its own and set against `assay.replay.plan`, disk is that of the snapshots' files.
+measured in a process of its own, disk is that of the snapshots' files; both are set against what `assay plan` says of
+the same training.
 
-    python benchmarks/adjoint.py            # the sizes of docs/results.md, some minutes on two cores
+    python benchmarks/adjoint.py            # the sizes of docs/adjoint.md, about five minutes on two cores
     python benchmarks/adjoint.py --quick    # one small model, nothing written
 """
 
@@ -39,13 +40,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 import assay
+from assay import plan
 from assay.demo.gpt import GPT, GPTConfig
-from assay.replay.plan import plan_of
 
-SIZES = [Size(8, 128, 128, 4), Size(4, 128, 256, 2), Size(16, 16, 16, 1)]
+SIZES = [Size(8, 128, 128, 4), Size(2, 128, 512, 1), Size(16, 16, 16, 1)]
 QUICK = [Size(4, 32, 32, 1)]
 TARGETS = 8
 ARMS = ("plain", "snapshots", "adjoint", "adjoint of 8")
+REPLAYS = {ARMS[2]: 1, ARMS[3]: TARGETS}
 
 
 class Problem:
@@ -131,6 +133,10 @@ def measure_time(problem: Problem, options: argparse.Namespace, folder: str) -> 
 
 def peak(problem: Problem, kind: str) -> int:
     """Bytes that one arm needs at most beyond what was there before its model."""
+    small = Problem(Size(2, 8, 8, 1), 3, problem.device)
+    arm(
+        small, kind, small.recorded(None)
+    )()  # loads what an arm needs of libraries, which is not its own memory
     before = resident_peak(afresh=True)
     if kind == "plain":
         problem.train(None, *problem.fresh())
@@ -147,16 +153,29 @@ def peak(problem: Problem, kind: str) -> int:
     return resident_peak() - before
 
 
-def measure_memory(problem: Problem, options: argparse.Namespace, steps: int, kind: str) -> int:
+def measure_memory(problem: Problem, options: argparse.Namespace, kind: str) -> int:
     """`peak` in a process of its own."""
     command = [
         sys.executable, __file__, "--peak-of", kind, "--size", str(problem.size), "--device", options.device,
-        "--threads", str(options.threads), "--steps", str(steps),
+        "--threads", str(options.threads), "--steps", str(options.memory_steps),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the memory of {kind} could not be measured:\n{done.stderr}")
     return int(done.stdout.split()[-1])
+
+
+def described(problem: Problem, steps: int) -> tuple[plan.Shape, plan.Training]:
+    """The training, as `assay plan` sees it."""
+    size = problem.size
+    shape = plan.shape_of(problem.fresh()[0], (size.layers, size.width))
+    tokens = steps * size.batch * size.context
+    return shape, plan.Training(tokens, size.context, size.batch, width=4, micro=size.batch)
+
+
+def planned(problem: Problem, steps: int, targets: int) -> plan.Work:
+    """What `assay plan` says of its adjoint."""
+    return plan.adjoint(*described(problem, steps), targets)
 
 
 def measure(size: Size, options: argparse.Namespace) -> dict[str, Any]:
@@ -165,12 +184,10 @@ def measure(size: Size, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         times = measure_time(problem, options, folder)
         disk = sum(p.stat().st_size for p in (Path(folder) / "run" / "snapshots").iterdir())
-    model, optimizer = problem.fresh()
-    plans = {queries: plan_of(model, optimizer, options.steps, queries) for queries in (1, TARGETS)}
-    few = {queries: plan_of(model, optimizer, 4, queries) for queries in (1, TARGETS)}
+    trained = plan.training(*described(problem, options.steps))
     row: dict[str, Any] = {
         "size": size._asdict(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in problem.fresh()[0].parameters()),
         "steps": options.steps,
         "seconds": {kind: summary(taken) for kind, taken in times.items()},
         "ratio": {
@@ -178,38 +195,46 @@ def measure(size: Size, options: argparse.Namespace) -> dict[str, Any]:
             for kind, taken in times.items()
         },
         "eight_over_one": summary([a / b for a, b in zip(times[ARMS[3]], times[ARMS[2]], strict=True)]),
-        "disk": {"planned": plans[1].disk, "found": disk},
+        "planned_ratio": {
+            kind: planned(problem, options.steps, targets).operations / trained.operations
+            for kind, targets in REPLAYS.items()
+        },
+        "disk": {"planned": planned(problem, options.steps, 1).disk, "found": disk},
     }
     if not options.no_memory:
-        row["memory"] = {
+        trainer = (
+            4 * 4 * row["parameters"]
+        )  # weights, gradients and AdamW's moments, which the replay borrows
+        plain = measure_memory(problem, options, ARMS[0])
+        row["memory"] = {ARMS[0]: plain} | {
             kind: {
-                # a short run tells what the activations take; the plan says what a longer one adds
-                "planned": measure_memory(problem, options, 4, kind) + plans[q].memory - few[q].memory,
-                "found": measure_memory(problem, options, options.steps, kind),
-                "states_planned": plans[q].memory,
+                "planned": trainer + planned(problem, options.memory_steps, targets).memory,
+                "found": measure_memory(problem, options, kind),
             }
-            for kind, q in ((ARMS[2], 1), (ARMS[3], TARGETS))
+            for kind, targets in REPLAYS.items()
         }
-        row["memory"]["plain"] = measure_memory(problem, options, options.steps, "plain")
     return row
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The rows as a table."""
     table = Table(title="time over that of the training that is replayed: medians (quartiles)", min_width=80)
-    for column in ("size", "snapshots", "adjoint", "of 8 targets", "8 over 1", "disk", "memory"):
+    for column in ("size", "snapshots", "adjoint", "of 8 targets", "8 over 1", "disk", "memory", "of 8"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [
             f"{r['median']:.2f} ({r['lower_quartile']:.2f}-{r['upper_quartile']:.2f})"
             for r in (*(row["ratio"][kind] for kind in ARMS[1:]), row["eight_over_one"])
         ]
-        memory = row.get("memory", {}).get(ARMS[2])
+        memory = row.get("memory", {})
         table.add_row(
             str(Size(**row["size"])),
             *cells,
             f"{row['disk']['found'] / row['disk']['planned']:.2f} of plan",
-            "" if memory is None else f"{memory['found'] / memory['planned']:.2f} of plan",
+            *(
+                f"{memory[kind]['found'] / memory[kind]['planned']:.2f} of plan" if memory else ""
+                for kind in REPLAYS
+            ),
         )
     console.print(table)
 
@@ -220,8 +245,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--quick", action="store_true", help="one small model; writes only to --out")
     result.add_argument("--size", type=Size.parse, action="append", metavar="BxTxD[xLAYERS]")
     result.add_argument("--steps", type=int, help="of the training (25; 12 with --quick)")
+    result.add_argument(
+        "--memory-steps", type=int, default=9, help="of the training whose memory is measured"
+    )
     result.add_argument("--rounds", type=int, help="timed rounds (3; 2 with --quick)")
-    result.add_argument("--warmup", type=int, default=1)
+    result.add_argument("--warmup", type=int, default=0)
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--device", default="cpu")
     result.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
@@ -256,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = RESULTS / f"adjoint-{torch.device(options.device).type}.json"
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
+        settings = {name: getattr(options, name) for name in ("rounds", "warmup", "steps", "memory_steps")}
         out.write_text(
             json.dumps({"machine": machine(options), "settings": settings, "rows": rows}, indent=1) + "\n"
         )

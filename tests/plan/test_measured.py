@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -138,11 +139,11 @@ def test_an_index(rank: int, tmp_path: Path) -> None:
     assert size == pytest.approx(planned.disk, rel=0.25)
 
 
-def test_an_adjoint() -> None:
-    """Of enough steps that the check of second derivatives, once per adjoint, is little of it."""
-    network, steps, targets = model(), 12, 2
+def replayed(targets: int, folder: Path | None = None) -> tuple[Callable[[], object], plan.Training]:
+    """An adjoint to be taken, of enough steps that its first step's comparisons are little of it; its training."""
+    network, steps = model(), 12
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    with assay.Run(network, optimizer, methods=[], snapshots=2, check="off") as run:
+    with assay.Run(network, optimizer, folder, methods=[], snapshots="auto", check="off") as run:
         for _ in range(steps):
             with run.step(list(range(BATCH))):
                 plain_step(network)
@@ -153,9 +154,25 @@ def test_an_adjoint() -> None:
         queries = [rows(1) for _ in range(targets)]
         run.ledger.adjoint(network, optimizer, lambda step: [(list(range(BATCH)), rows())], loss_fn, queries)
 
-    whole = plan.Training(steps * RUN.tokens, CONTEXT, BATCH, width=4)
-    with sdpa_kernel(SDPBackend.MATH), profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+    return go, plan.Training(steps * RUN.tokens, CONTEXT, BATCH, width=4, micro=BATCH)
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_an_adjoint(targets: int, tmp_path: Path) -> None:
+    go, whole = replayed(targets, tmp_path / "run")
+    kinds = {"activities": [ProfilerActivity.CPU], "with_flops": True, "profile_memory": True}
+    with sdpa_kernel(SDPBackend.MATH), profile(**kinds) as seen:  # type: ignore[arg-type]
         go()  # a counter of torch's own would stand between the pass and the capture, which then sees the kernels
+    planned = plan.adjoint(SHAPE, whole, targets)
     products = {"aten::mm", "aten::bmm", "aten::addmm"}
     found = sum(event.flops for event in seen.events() if event.name in products)
-    assert found == pytest.approx(plan.adjoint(SHAPE, whole, targets).operations, rel=0.15)
+    assert found == pytest.approx(planned.operations, rel=0.15)
+    assert largest_sum(seen) == pytest.approx(planned.memory, rel=0.2)
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "snapshots").iterdir())
+    assert size == pytest.approx(planned.disk, rel=0.2)
+
+
+def largest_sum(seen: profile) -> int:
+    """Bytes that torch had allocated at most since the profile began."""
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))

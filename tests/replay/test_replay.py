@@ -320,6 +320,18 @@ def test_an_adjoint_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert done == [7, 9]  # the steps before were done by the one that was killed
 
 
+def test_an_adjoint_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    ledger, *_ = PROBLEM.recorded(tmp_path / "run", snapshots=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "replay.killed_often", str(tmp_path / "run"), str(tmp_path / "values"), "0"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) >= 4, done.stderr
+    found = torch.load(tmp_path / "values", weights_only=True)
+    assert not any((tmp_path / "run" / "adjoint").iterdir())
+    assert torch.equal(found, values(PROBLEM, ledger))
+
+
 def test_a_run_that_was_killed_is_replayed_as_far_as_it_was_written(tmp_path: Path) -> None:
     PROBLEM.recorded(tmp_path / "run", snapshots=2)
     for path in (tmp_path / "run" / "snapshots").iterdir():

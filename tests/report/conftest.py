@@ -73,6 +73,19 @@ def record(
         "curve", pl.DataFrame({"step": np.arange(1.0, steps + 1), "loss": np.linspace(5.0, 3.0, steps)})
     )
     writer.add_table(
+        "agreement",
+        pl.DataFrame(
+            {
+                "method": [
+                    m for m in ("in-run values", "embeddings", "influence functions") for _ in targets
+                ],
+                "query": list(targets) * 3,
+                "by_step": [0.71] * 2 * len(targets) + [None] * len(targets),
+                "by_id": [0.93] * len(targets) + [0.64] * len(targets) + [-0.2] * len(targets),
+            }
+        ),
+    )
+    writer.add_table(
         "coverage",
         pl.DataFrame(
             {

@@ -32,15 +32,19 @@ def adjoint(
     """What would each document's absence have done to the targets? Exact to first order, by replaying the run.
 
     For runs of `assay train` with `attribution.snapshots`. Positive: without the document the target's loss would be
-    higher, in nats per token. Says too how well the values of the run itself agree with it. One that was killed goes
-    on where it was.
+    higher, in nats per token. Says too how well the cheaper methods agree with it on this run: its in-run values, its
+    embeddings (`attribution.embeddings`) and influence functions (`assay serve RUN --build-index`); `assay report`
+    shows that table. One that was killed goes on where it was.
 
     Example: assay adjoint runs/mine --target code
     """
     from rich.progress import Progress
 
     from assay.cli.progress import make_console
+    from assay.replay import TABLE
     from assay.store import open_ledger
+    from assay.train.agreement import cheaper_methods
+    from assay.train.influence import keep_table
     from assay.train.replay import adjoint_of_run
 
     ledger, console = open_ledger(run), make_console()
@@ -50,13 +54,15 @@ def adjoint(
         def show(done: int, of: int) -> None:
             bar.update(task, completed=done, total=of)
 
-        values, documents = adjoint_of_run(ledger, target or [], {"last": last, "progress": show})
+        values, documents, targets = adjoint_of_run(ledger, target or [], {"last": last, "progress": show})
     where = out or run / "adjoint.parquet"
     documents.write_parquet(where)
     for name in documents.columns[1:]:
         _print_ends(console, documents.select("id", value=name), name, top, ledger.metadata())
-    if not target:
-        _print_agreement(console, ledger.agreement(values))
+    others = cheaper_methods(ledger, targets, lambda line: console.print(f"note: {line}", highlight=False))
+    table = ledger.agreement(values, others, list(targets))
+    keep_table(ledger, TABLE, table)
+    _print_agreement(console, table)
     console.print(f"\nall values: {where}", highlight=False, soft_wrap=True)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
 
 from assay.capture.contraction import COST
 from assay.plan.shape import Shape
+from assay.snapshots import Snapshots
 
 __all__ = ["Training", "Work", "adjoint", "embeddings", "in_run", "index", "training"]
 
 LEDGER_ROW = 12  # bytes of step, micro-batch and id as Parquet keeps them; tests/plan measures it
+# bytes that a gradient with a graph holds, over those of both sides of every matrix; benchmarks/adjoint.py and tests/plan
+GRAPH = 6
 ROW_IDS = 12  # bytes of id and norm beside a row of projected gradients
 
 
@@ -24,6 +26,7 @@ class Training:
         batch: rows of an optimizer step.
         width: bytes of an activation (2 for bf16).
         states: numbers that the optimizer keeps per parameter (2 for Adam).
+        micro: rows of a micro-batch, whose activations are in memory together.
     """
 
     tokens: float
@@ -31,6 +34,7 @@ class Training:
     batch: int
     width: int = 2
     states: int = 2
+    micro: int = 1
 
     @property
     def samples(self) -> float:
@@ -148,23 +152,37 @@ def index(shape: Shape, tokens: float, context: int, rank: int = 64, width: int 
     return Work(work, samples * (entries * width + ROW_IDS) + 4 * blocks, 4 * shape.widest(rank) ** 2)
 
 
-def adjoint(shape: Shape, run: Training, targets: int = 1) -> Work:
-    """The exact answer by replaying the run backwards from up to 2 √steps snapshots.
+def adjoint(shape: Shape, run: Training, targets: int = 1, snapshots: Snapshots | None = None) -> Work:
+    """The exact answer by replaying the run backwards from its snapshots.
 
-    Each segment is trained through once more, and each of its steps is gone back through by the Hessian's product
-    with the adjoint (forward 1, backward 2, and both products of each matrix's backward twice: 6) and by one more
-    product for the values of its samples.
+    Each segment is trained through once more. Going back through a step takes a forward pass and the gradient of the
+    activations, which all targets share, and for each target the Hessian's product with its adjoint: each of the three
+    products of a matrix twice. The values of the samples come with it.
 
     Args:
         shape: the network.
         run: its training.
         targets: carried back together.
+        snapshots: how they are taken; as many as √steps asks for by default.
+
+    Example:
+        >>> from assay.plan.shape import KNOWN
+        >>> run = Training(1e9, 1024, 512)
+        >>> trained = training(KNOWN["GPT2-small"], run).operations
+        >>> [round(adjoint(KNOWN["GPT2-small"], run, n).operations / trained, 1) for n in (1, 8)]
+        [3.7, 17.7]
     """
-    forward = shape.forward(run.context) * run.tokens
-    scores = 2 * shape.multiplied * run.tokens
-    vector, distance = 4 * shape.parameters, max(isqrt(int(run.steps)), 1)
-    disk = 2 * distance * (1 + run.states) * vector
-    kept = distance * (2 + run.states) * vector  # weights, state and gradient of each step of a segment
+    forward, linear = shape.forward(run.context), 2 * shape.multiplied
+    shared = 2 * linear + 3 * (forward - linear)  # in attention both factors are activations
+    work = (3 * forward + shared + targets * 6 * forward) * run.tokens
+    vector, steps = 4 * shape.parameters, max(int(run.steps), 1)
+    settings = snapshots or Snapshots()
+    distance = settings.next_distance(settings.every or 1, steps, (1 + run.states) * vector)
+    disk = (steps // distance + 1 + (steps % distance > 0)) * (1 + run.states) * vector
+    kept = (
+        min(distance, steps) * (2 + run.states) * vector
+    )  # weights, state and gradient of each step of a segment
     borrowed = (2 + 2 * run.states) * vector
     adjoints = targets * (1 + run.states + 4) * vector
-    return Work(3 * forward + targets * (9 * forward + scores), disk, kept + borrowed + adjoints)
+    graph = GRAPH * sum(n * (d + p) for d, p, n in shape.matrices) * run.micro * run.context * run.width
+    return Work(work, disk, kept + borrowed + adjoints + graph)

@@ -5,12 +5,13 @@ of weights and optimizer's state back (`optimizers`, `clipping`, `curvature`).
 """
 
 from assay.replay.backward import AdjointOptions, Queries, adjoint
-from assay.replay.compare import agreement
+from assay.replay.compare import TABLE, agreement
 from assay.replay.forward import Batches, Loss
 from assay.replay.smoothness import Smoothness, metasmoothness
 from assay.replay.trajectory import Trajectory
 
 __all__ = [
+    "TABLE",
     "AdjointOptions",
     "Batches",
     "Loss",

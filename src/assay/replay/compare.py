@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -15,28 +15,35 @@ from assay.evaluate.lds import rank_correlation
 if TYPE_CHECKING:
     from assay.store import Ledger
 
-__all__ = ["agreement"]
+__all__ = ["TABLE", "agreement"]
 
 IN_RUN = "in-run values"
+TABLE = "agreement"
+"""The side table of a run in which `assay adjoint` keeps it: method, query, by_step, by_id."""
 
 
-def agreement(ledger: Ledger, exact: Tensor, others: Mapping[str, Tensor]) -> pl.DataFrame:
+def agreement(
+    ledger: Ledger, exact: Tensor, others: Mapping[str, Tensor], targets: Sequence[str] | None = None
+) -> pl.DataFrame:
     """Rank correlations with the exact answer; see `Ledger.agreement`."""
     rows = ledger.rows
+    named = list(targets) if targets is not None else list(ledger.targets)
+    if targets is not None and len(named) != len(exact):
+        raise InputError(f"agreement(targets=...): {len(named)} names for {len(exact)} rows of exact values.")
     if exact.dim() != 2 or exact.shape[1] != len(rows):
         raise InputError(
             f"agreement(exact): shape {list(exact.shape)}, but the run has {len(rows)} rows; give what adjoint gave."
         )
     compared = dict(others)
-    if len(ledger.targets) == len(exact):
-        compared = {IN_RUN: _recorded(ledger, rows), **compared}
+    if len(named) == len(exact) and set(named) <= set(ledger.targets):
+        compared = {IN_RUN: _recorded(ledger, rows, named), **compared}
     ids, place = torch.unique(_numbers(rows), return_inverse=True)
     seen = ~exact.isnan().any(0)
     table: list[dict[str, Any]] = []
     for method, values in compared.items():
         by_step, by_id = _correlations(method, values, exact, place, len(ids), seen)
         for query in range(len(exact)):
-            name = ledger.targets[query] if len(ledger.targets) == len(exact) else str(query)
+            name = named[query] if len(named) == len(exact) else str(query)
             table.append(
                 {
                     "method": method,
@@ -80,15 +87,15 @@ def _numbers(rows: pl.DataFrame) -> Tensor:
     return torch.tensor([order[id_] for id_ in rows["id"]])
 
 
-def _recorded(ledger: Ledger, rows: pl.DataFrame) -> Tensor:
-    """`[targets, rows]`: the in-run values of the same rows; what momentum brought later counts where it came from."""
-    found = []
-    for target in ledger.targets:
-        steps = ledger.steps(target)
-        if len(steps) != len(rows):
-            raise InputError(
-                f"agreement: the run recorded {len(steps)} values for {len(rows)} rows; values that momentum brought "
-                "to a later step (momentum='sketch' or 'exact') are compared by passing them in others, summed by id."
-            )
-        found.append(torch.tensor(steps["value"].to_list(), dtype=torch.float64))
-    return torch.stack(found)
+def _recorded(ledger: Ledger, rows: pl.DataFrame, targets: Sequence[str]) -> Tensor:
+    """`[targets, rows]`, or `[targets, ids]` where momentum carried values to later steps: the in-run values."""
+    steps = [ledger.steps(target) for target in targets]
+    if all(len(found) == len(rows) for found in steps):
+        return torch.stack([_column(found) for found in steps])
+    ids = rows.select("id").unique(maintain_order=True)
+    summed = [ids.join(ledger.values(name), on="id", how="left", maintain_order="left") for name in targets]
+    return torch.stack([_column(found).nan_to_num() for found in summed])
+
+
+def _column(frame: pl.DataFrame) -> Tensor:
+    return torch.from_numpy(frame["value"].cast(pl.Float64).to_numpy(writable=True))

@@ -188,7 +188,8 @@ class Curvature:
             curved = self._batched(found.roots, self.flat.params, found.slopes, start + size < len(of_g))
             products.append(self.flat.join_rows(curved, size))
             del found
-        seen.products = torch.cat(products)
+        capture.put_aside.clear()  # its graph leads back to the capture: nothing else would end that circle
+        seen.products = products[0] if len(products) == 1 else torch.cat(products)
         return seen
 
     def _together(self, entries: int, like: Tensor) -> bool:

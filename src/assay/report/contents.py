@@ -62,6 +62,8 @@ class Contents:
         tiles: (label, value, note) of the opening.
         curves: Names of the training curves, in the order of their figures.
         groups_legend: Names of the groups of the figures, with the class of their colour.
+        agreement: How well each method agrees with the exact adjoint, if that was taken.
+        agreement_note: Which one to trust.
         coverage_note: Sentence on the share of the parameters that is covered.
         coverage: Side table of that name, if any.
         cost: What the run took, if it was recorded.
@@ -80,6 +82,8 @@ class Contents:
     tiles: list[tuple[str, str, str]]
     curves: list[str]
     groups_legend: list[tuple[str, str]]
+    agreement: tables.Table | None
+    agreement_note: str
     coverage_note: str
     coverage: tables.Table | None
     cost: tables.Table | None
@@ -369,7 +373,7 @@ def read(ledger: Ledger) -> Contents:
     reader = _Reader(ledger)
     targets = reader.read_targets()
     accounts = [t for t in targets if t.account is not None]
-    coverage = reader.side("coverage")
+    coverage, agreement = reader.side("coverage"), reader.side("agreement")
     cost, settings = reader.settings()
     return Contents(
         noun=reader.noun,
@@ -394,6 +398,8 @@ def read(ledger: Ledger) -> Contents:
         tiles=reader.tiles(targets),
         curves=reader.read_curves(targets),
         groups_legend=reader.legend(),
+        agreement=tables.agreement(agreement, reader.noun) if agreement is not None else None,
+        agreement_note=tables.trusted(agreement, reader.noun),
         coverage_note=_coverage_note(coverage),
         coverage=tables.side_table(coverage, "Parameters of the model") if coverage is not None else None,
         cost=cost,

@@ -16,11 +16,13 @@ __all__ = [
     "Column",
     "Table",
     "account_totals",
+    "agreement",
     "group_table",
     "matrix",
     "quantities",
     "settings",
     "side_table",
+    "trusted",
 ]
 
 
@@ -185,6 +187,48 @@ def account_totals(
         [Column("target"), *(Column(label, True) for label in labels), Column("explained", True)],
         rows,
     )
+
+
+def agreement(frame: pl.DataFrame, noun: str) -> Table:
+    """How each cheaper method ranks the samples beside the exact answer, the best first.
+
+    Args:
+        frame: `method`, `query`, `by_step`, `by_id`, of `Ledger.agreement`.
+        noun: What a sample is called.
+    """
+    rows = [
+        [Cell(method), Cell(query), _correlation(by_id), _correlation(by_step)]
+        for method, query, by_step, by_id in frame.select("method", "query", "by_step", "by_id").iter_rows()
+    ]
+    columns = [Column("method"), Column("target"), Column(f"by {noun}", True), Column("by step", True)]
+    return Table("Rank correlation with the exact values", columns, rows)
+
+
+def trusted(frame: pl.DataFrame | None, noun: str) -> str:
+    """Which method to trust on this run: by its worst target, since one that fails one target is no guide."""
+    if frame is None:
+        return ""
+    worst = frame.group_by("method").agg(pl.col("by_id").min()).drop_nulls()
+    worst = worst.filter(pl.col("by_id").is_not_nan()).sort("by_id", "method", descending=[True, False])
+    if not worst.height:
+        return ""
+    method, found = worst.row(0)
+    if found >= 0.9:
+        advice = (
+            f"“{method}” rank the {noun}s almost as the exact values do: on this run they can stand for them"
+        )
+    elif found >= 0.5:
+        advice = (
+            f"“{method}” come nearest: good for which {noun}s stand at the ends, not for their exact order"
+        )
+    else:
+        advice = f"no cheaper method is near (the best are “{method}”): on this run use the exact values themselves"
+    return f"By its worst target (correlation {found:.2f}): {advice}."
+
+
+def _correlation(value: float | None) -> Cell:
+    text = f"{value:.2f}".replace("-", "−") if value is not None and is_number(value) else "–"
+    return _number(value, text, value if is_number(value) else None)
 
 
 def side_table(frame: pl.DataFrame, caption: str, limit: int = 2000) -> Table:

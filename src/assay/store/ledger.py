@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -445,15 +445,21 @@ class Ledger:
             self._source.snapshots, model, optimizer, batches_of_step, loss_fn, queries, h, seed
         )
 
-    def agreement(self, exact: Tensor, others: Mapping[str, Tensor] | None = None) -> pl.DataFrame:
+    def agreement(
+        self,
+        exact: Tensor,
+        others: Mapping[str, Tensor] | None = None,
+        targets: Sequence[str] | None = None,
+    ) -> pl.DataFrame:
         """Which cheaper method to trust on this run: rank correlations with the exact answer.
 
         Args:
             exact: `[queries, rows]`, of `adjoint`; rows that are NaN are left out.
             others: Name → `[queries, rows]` of other methods, or `[queries, ids]` with one column per id in the order
                 of first appearance in `rows` (influence functions know no steps). The values that the run recorded
-                are compared too, where a query is one of its targets: `exact` must then be that of the targets, in
-                their order.
+                are compared too, where the queries are its targets: `exact` must then be that of the targets, in
+                their order, or `targets` names them.
+            targets: Names of the queries; the run's targets by default, where there are as many.
 
         Returns:
             Frame `method`, `query`, `by_step` (Spearman over the rows; null where a method knows no steps), `by_id`
@@ -464,7 +470,7 @@ class Ledger:
         """
         from assay.replay import agreement
 
-        return agreement(self, exact, others or {})
+        return agreement(self, exact, others or {}, targets)
 
     def verify(self) -> None:
         """Read all that lies on the disk and compare the checksum of every page.

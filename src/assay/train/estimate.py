@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from assay import plan
+from assay.snapshots import snapshot_settings
 from assay.train.batches import Batch, batch_rows, make_batch
 from assay.train.config import Config
 from assay.train.loop import Setup, prepare
@@ -67,7 +68,8 @@ def estimate(config: Config, speed: float | None = None) -> Estimate:
     context = max(1, round(tokens / samples))
     shape = plan.shape_of(setup.model, _attention(setup.model, config))
     width = next(setup.model.parameters()).element_size()
-    run = plan.Training(tokens, context, -(-samples // setup.steps), width)
+    micro = min(config.train.batch_size, samples)
+    run = plan.Training(tokens, context, -(-samples // setup.steps), width, micro=micro)
     if speed is None:
         first = make_batch(batches[0]).to(setup.device)
         speed = _measured(setup, first, 3 * shape.forward(first.tokens.shape[1]) * first.tokens.numel())
@@ -93,7 +95,8 @@ def _methods(setup: Setup, shape: plan.Shape, run: plan.Training) -> dict[str, p
     }
     found["embeddings, rank 16"] = plan.embeddings(shape, run, 16)
     found["index of the result, rank 64"] = plan.index(shape, run.tokens, run.context, 64, width=2)
-    found["adjoint, one target, with its snapshots"] = plan.adjoint(shape, run)
+    settings = snapshot_settings(setup.config.attribution.snapshots)
+    found["adjoint, one target, with its snapshots"] = plan.adjoint(shape, run, 1, settings)
     return found
 
 

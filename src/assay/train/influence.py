@@ -20,7 +20,15 @@ from assay.train.model import load_model, token_mean_loss
 if TYPE_CHECKING:
     from assay.store import Ledger
 
-__all__ = ["CURVE", "TextInfluence", "influence_of_texts", "keep_curves", "loss_of_pair", "pair"]
+__all__ = [
+    "CURVE",
+    "TextInfluence",
+    "influence_of_texts",
+    "keep_curves",
+    "keep_table",
+    "loss_of_pair",
+    "pair",
+]
 
 CURVE = "influence"
 """The side table of curves: query, step, lr, influence, magnitude, per_lr."""
@@ -97,7 +105,16 @@ def keep_curves(ledger: Ledger, curves: pl.DataFrame) -> None:
     Raises:
         StoreError: the disk refused.
     """
+    keep_table(ledger, CURVE, curves)
+
+
+def keep_table(ledger: Ledger, name: str, frame: pl.DataFrame) -> None:
+    """Add a side table to a run that is finished, in place of an older one of that name.
+
+    Raises:
+        StoreError: the disk refused.
+    """
     assert ledger.path is not None
     folder = ledger.path / TABLES
-    there = [file.number for path in folder.iterdir() if (file := frame_file(path)) and file.name == CURVE]
-    write_frame(folder, CURVE, max(there, default=-1) + 1, curves)
+    there = [file.number for path in folder.iterdir() if (file := frame_file(path)) and file.name == name]
+    write_frame(folder, name, max(there, default=-1) + 1, frame)

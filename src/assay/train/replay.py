@@ -58,7 +58,7 @@ def rerun(ledger: assay.Ledger) -> Rerun:
 
 def adjoint_of_run(
     ledger: assay.Ledger, names: Sequence[str], options: AdjointOptions
-) -> tuple[Tensor, pl.DataFrame]:
+) -> tuple[Tensor, pl.DataFrame, dict[str, assay.Target]]:
     """The exact values of some targets.
 
     Args:
@@ -67,8 +67,8 @@ def adjoint_of_run(
         options: of `Ledger.adjoint`.
 
     Returns:
-        `[targets, rows]`, and a frame with a row per document: `id` and a column per target, its values summed over
-        the steps that were visited.
+        `[targets, rows]`; a frame with a row per document: `id` and a column per target, its values summed over the
+        steps that were visited; and the targets by name.
 
     Raises:
         InputError: a target that the run does not have; the replay is not the run.
@@ -86,4 +86,4 @@ def adjoint_of_run(
     columns = {name: row.double().tolist() for name, row in zip(queries, values, strict=True)}
     rows = ledger.rows.with_columns(pl.Series(name, column) for name, column in columns.items())
     seen = rows.filter(pl.all_horizontal(pl.col(list(columns)).is_not_nan()))
-    return values, seen.group_by("id", maintain_order=True).agg(pl.col(list(columns)).sum())
+    return values, seen.group_by("id", maintain_order=True).agg(pl.col(list(columns)).sum()), queries

@@ -58,7 +58,7 @@ def main(run: str, out: str, seed: int) -> None:
     torch.set_num_threads(1)
     generator, kills = random.Random(seed), 0
     while True:
-        moment = generator.randint(1, 24)
+        moment = generator.randint(1, 40)
         child = os.fork()  # nothing has been computed yet, so there are no threads to lose
         if not child:
             attempt(run, out, moment)

@@ -326,7 +326,7 @@ def test_an_adjoint_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_p
         [sys.executable, "-m", "replay.killed_often", str(tmp_path / "run"), str(tmp_path / "values"), "0"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) >= 4, done.stderr
+    assert int(done.stdout) >= 2, done.stderr
     found = torch.load(tmp_path / "values", weights_only=True)
     assert not any((tmp_path / "run" / "adjoint").iterdir())
     assert torch.equal(found, values(PROBLEM, ledger))

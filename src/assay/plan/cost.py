@@ -11,7 +11,7 @@ from assay.snapshots import Snapshots
 __all__ = ["Training", "Work", "adjoint", "embeddings", "in_run", "index", "training"]
 
 LEDGER_ROW = 12  # bytes of step, micro-batch and id as Parquet keeps them; tests/plan measures it
-# bytes that a gradient with a graph holds, over those of both sides of every matrix; benchmarks/adjoint.py and tests/plan
+# bytes that a gradient with a graph holds, over those of both sides of every matrix; tests/plan measures it
 GRAPH = 6
 ROW_IDS = 12  # bytes of id and norm beside a row of projected gradients
 

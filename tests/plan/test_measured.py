@@ -157,8 +157,8 @@ def replayed(targets: int, folder: Path | None = None) -> tuple[Callable[[], obj
     return go, plan.Training(steps * RUN.tokens, CONTEXT, BATCH, width=4, micro=BATCH)
 
 
-@pytest.mark.parametrize("targets", [1, 3])
-def test_an_adjoint(targets: int, tmp_path: Path) -> None:
+def test_an_adjoint(tmp_path: Path) -> None:
+    targets = 3
     go, whole = replayed(targets, tmp_path / "run")
     kinds = {"activities": [ProfilerActivity.CPU], "with_flops": True, "profile_memory": True}
     with sdpa_kernel(SDPBackend.MATH), profile(**kinds) as seen:  # type: ignore[arg-type]

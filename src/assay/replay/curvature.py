@@ -143,10 +143,10 @@ class Curvature:
                 self._linked = False
             if short is not None and self._linked:
                 return short
-        compared = of_g if short is None else of_g[:1]
+        compared = of_g if short is None or short.products is None else of_g[:1]
         seen, found = self._watched(batch, rows, random, compared, twice=True)
         seen.products = self._differentiate(found, compared)
-        if short is None:
+        if short is None or short.products is None:
             return seen
         apart = float((short.products[:1] - seen.products).norm())
         self._linked = apart <= LINKED.get(of_g.dtype, 3e-2) * float(seen.products.norm())

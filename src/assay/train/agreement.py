@@ -85,4 +85,5 @@ def _by_index(ledger: Ledger, model: Module, queries: Queries) -> Tensor | None:
 
 def _summed(model: Module, batch: Any) -> Tensor:
     """The loss summed over the tokens, so that the rows of a target add up to what it is made of."""
-    return token_mean_loss(model, Batch(*batch)) * (batch[1] >= 0).sum()
+    total: Tensor = token_mean_loss(model, Batch(*batch)) * (batch[1] >= 0).sum()
+    return total

@@ -43,7 +43,7 @@ class CostModel:
     kept_bytes: int = (
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
-    block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
+    block_bytes: int = 5 << 20  # per-sample gradients of one block: a few samples, within the last cache
 
     def batched(self, batch: int, p: int, d: int, targets: int) -> float:
         """Extra seconds of the batched form over the weight-gradient GEMM that it replaces."""

@@ -82,16 +82,34 @@ def leaf(param: Parameter, group: int) -> Weight:
     )
 
 
-def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[int, Weight]) -> Weight:
+# functions that are linear in their one operand that is a weight: the derivative along G is the function of G
+LINEAR = frozenset(
+    ("t", "T", "mT", "transpose", "permute", "reshape", "view", "flatten", "unflatten", "expand", "expand_as",
+     "unsqueeze", "squeeze", "contiguous", "clone", "narrow", "select", "__getitem__", "embedding")
+)  # fmt: skip
+
+
+def derive(
+    call: Callable[..., Tensor], operands: list[Tensor], weights: dict[int, Weight], linear: bool = False
+) -> Weight:
     """The mark of `call(*operands)`, whose operands at the keys of `weights` carry those marks.
 
-    No operand depends on a sample.
+    No operand depends on a sample. `linear` says that the one weight among them is moved about and no more.
 
     The derivative is taken by forward-mode differentiation when a direction is pushed, so that an operation which
     nobody looks at costs nothing.
     """
     params = tuple(dict.fromkeys(p for mark in weights.values() for p in mark.params))
     primals = [operand.detach() for operand in operands]
+
+    def moved(directions: Directions) -> dict[int, Tensor]:
+        ((place, mark),) = weights.items()
+        return {
+            group: torch.stack(
+                [call(*(G.to(x.dtype) if i == place else x for i, x in enumerate(primals))) for G in tangents]
+            )
+            for group, tangents in mark.push(directions).items()
+        }
 
     def push(directions: Directions) -> dict[int, Tensor]:
         pushed = {i: mark.push(directions) for i, mark in weights.items()}
@@ -110,7 +128,7 @@ def derive(call: Callable[..., Tensor], operands: list[Tensor], weights: dict[in
                 found[param] = found[param] + g if param in found else g
         return found
 
-    return Weight(params, push, pull)
+    return Weight(params, moved if linear else push, pull)
 
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")

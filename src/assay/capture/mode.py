@@ -37,7 +37,7 @@ from assay.capture.call import (
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors, apart_from
 from assay.capture.layout import Layout
-from assay.capture.marks import CONSTANT, MIXED, Data, Directions, Mark, Weight, derive, rows_looked_up
+from assay.capture.marks import CONSTANT, LINEAR, MIXED, Data, Directions, Mark, Weight, derive, rows_looked_up
 from assay.capture.probe import WHOLE, Explain, Observe, ObserveInPlace, Use
 from assay.capture.room import Room
 from assay.capture.rounding import rounded
@@ -237,7 +237,8 @@ class Capture(TorchFunctionMode):
             result = func(*new_args, **new_kwargs)
             return first if in_place else result if parts is None else result[position]
 
-        mark = derive(again, tensors, weights)
+        linear = name_of(func) in LINEAR and len(weights) == 1 and not in_place and parts is None
+        mark = derive(again, tensors, weights, linear and kwargs.get("max_norm") is None)
         mark.rows = rows_looked_up(func, args, kwargs, weights)
         return mark
 

@@ -44,6 +44,8 @@ class Booking:
         met: whether the quadrature met its tolerance.
         after: `[targets]`, losses at w_{t+1}.
         status: of the account's row.
+        joins: the account's row of a later step counts what this one says: its drop was measured over both.
+        aged: of values by fresh and by aged gradients, where a step was valued by both.
     """
 
     step: int
@@ -61,6 +63,30 @@ class Booking:
     met: bool = True
     after: Tensor | None = None
     status: str = "ok"
+    joins: bool = False
+    aged: Aged | None = None
+
+
+@dataclass(frozen=True)
+class Aged:
+    """One step valued by the fresh gradient and by the one that came before it.
+
+    Args:
+        age: by how many steps that one is older.
+        fresh: by micro-batch, `[targets, B]`.
+        stale: the same by the older one.
+    """
+
+    age: int
+    fresh: Sequence[Tensor]
+    stale: Sequence[Tensor]
+
+    def rows(self, step: int, targets: Sequence[str]) -> Iterator[tuple[int, str, int, float, float, float]]:
+        """Step, target, age, both sums, and ‖stale − fresh‖ / ‖fresh‖ over the samples."""
+        fresh, stale = (torch.cat(list(found), 1).double().cpu() for found in (self.fresh, self.stale))
+        errors = (stale - fresh).norm(dim=1) / fresh.norm(dim=1)
+        for n, name in enumerate(targets):
+            yield step, name, self.age, float(fresh[n].sum()), float(stale[n].sum()), float(errors[n])
 
 
 def token_columns(step: int, micro: int, targets: Sequence[str], values: Tensor) -> dict[str, pl.Series]:
@@ -91,6 +117,8 @@ class Books:
         self._sums = {name: [0.0, 0.0, 0.0] for name in targets}  # explained, actual, |actual|
         self._steps = 0
         self._points: list[tuple[int, int, bool, float]] = []
+        self._joined = torch.zeros(3, len(targets), dtype=torch.float64)  # predicted, carried, decayed
+        self._aged: list[tuple[int, str, int, float, float, float]] = []
         self._told_gap = self._told_share = False
         self._recall()
 
@@ -106,6 +134,9 @@ class Books:
         if "quadrature" in ledger.tables:
             known = set(account["step"].to_list())
             self._points = [row for row in ledger.table("quadrature").rows() if row[0] in known]
+        if "refresh" in ledger.tables:
+            last = max(ledger.account(self.targets[0])["step"].to_list(), default=-1)
+            self._aged = [row for row in ledger.table("refresh").rows() if row[0] <= last]
 
     def write(self, bookings: Sequence[Booking]) -> None:
         """Move complete bookings to the host and to the writer.
@@ -122,6 +153,7 @@ class Books:
                     refused = refused or error
         if bookings:
             self._write_quadrature()
+            self._write_aged()
         if refused is not None:
             raise refused
 
@@ -145,6 +177,15 @@ class Books:
             t.double().cpu().expand(len(self.targets))
             for t in (booking.before, booking.after, booking.carried, booking.decayed)
         )
+        self._steps += 1
+        self._warn_of_gap(booking)
+        if booking.aged is not None:
+            self._aged += booking.aged.rows(booking.step, self.targets)
+        if booking.joins:
+            self._joined += torch.stack([predicted, carried, decayed])
+            return
+        predicted, carried, decayed = torch.stack([predicted, carried, decayed]) + self._joined
+        self._joined.zero_()
         actual = before - after
         residual = actual - predicted - carried - decayed
         for n, name in enumerate(self.targets):
@@ -154,10 +195,8 @@ class Books:
             if status == "ok":
                 for i, x in enumerate((p + c + d, a, abs(a))):
                     self._sums[name][i] += x
-        self._steps += 1
         if booking.points:
             self._points.append((booking.step, booking.points, booking.met, booking.seconds))
-        self._warn_of_gap(booking)
 
     def _write_quadrature(self) -> None:
         """The table "quadrature": step, points, met, seconds.
@@ -168,6 +207,13 @@ class Books:
         if self._points:
             columns = {"step": pl.Int64(), "points": pl.Int64(), "met": pl.Boolean(), "seconds": pl.Float64()}
             self.writer.add_table("quadrature", pl.DataFrame(self._points, schema=columns, orient="row"))
+
+    def _write_aged(self) -> None:
+        """The table "refresh": step, target, age, fresh, stale, error; see `Aged`."""
+        if self._aged:
+            names = {"step": pl.Int64(), "target": pl.String(), "age": pl.Int64()}
+            columns = {**names, "fresh": pl.Float64(), "stale": pl.Float64(), "error": pl.Float64()}
+            self.writer.add_table("refresh", pl.DataFrame(self._aged, schema=columns, orient="row"))
 
     def explained(self) -> Mapping[str, float]:
         """(Σ predicted + carried + decayed) / Σ actual, by target, over the steps written so far."""

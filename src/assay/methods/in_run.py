@@ -57,6 +57,10 @@ class InRunShapley:
             taken again, forward and backward, with the same random numbers; needs a model whose parameters are used
             in its own forward pass only, and momentum="instant". On the first micro-batch the start-up check of
             `Run` keeps everything (`check="off"` does not).
+        refresh: the target's gradient is taken anew every so many steps (1: at every one) and serves all of them, which
+            saves that share of the validation passes. The losses between are not known, so that the account has one row
+            per block of steps, at its last one; the table "refresh" says how far values by a gradient of that age are
+            from fresh ones. Needs path="left" and momentum="instant".
         tolerance: the largest |residual| / |actual| of a step that is left alone; other steps get more points (with
             "trapezoid" and "simpson"). The ledger's table "quadrature" says how many.
         max_points: no step gets more points than this.
@@ -88,6 +92,7 @@ class InRunShapley:
         horizon: int | None = None,
         sketch: int = 4093,
         band: tuple[float, float] = (0.8, 1.25),
+        refresh: int = 1,
     ) -> None:
         self.targets = {"target": targets} if isinstance(targets, Target) else dict(targets)
         if not self.targets:
@@ -117,6 +122,7 @@ class InRunShapley:
         if tolerance is not None and not tolerance > 0:
             raise InputError(f"InRunShapley(tolerance={tolerance!r}) must be above 0, such as 0.02.")
         for argument, least, value in (
+            ("refresh", 1, refresh),
             ("max_points", 3, max_points),
             ("sketch", 1, sketch),
             ("horizon", 1, horizon),
@@ -125,6 +131,12 @@ class InRunShapley:
                 raise InputError(
                     f"InRunShapley({argument}={value!r}) must be a whole number from {least} on."
                 )
+        if refresh > 1 and (path != "left" or momentum != "instant"):
+            raise InputError(
+                f"InRunShapley(refresh={refresh}, path={path!r}, momentum={momentum!r}): the other paths and shared "
+                "momentum need the gradient at every step; choose path='left' and momentum='instant', or refresh=1."
+            )
+        self.refresh = refresh
         if not band[0] < 1 < band[1]:
             raise InputError(f"InRunShapley(band={band!r}) must hold the share 1: give (lower, upper).")
         self.quadrature = Quadrature(path, tolerance, max_points)
@@ -144,6 +156,8 @@ class InRunShapley:
         }
         if self.memory != "keep":
             settings["memory"] = self.memory
+        if self.refresh > 1:
+            settings["refresh"] = self.refresh
         if self.granularity != "sample":
             settings["granularity"] = self.granularity
         if self.quadrature.tolerance is not None:

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from assay.capture.recompute import Recompute
 from assay.errors import InputError
 from assay.methods.base import Context, Demand, MicroBatch
-from assay.methods.booking import Booking, Books
+from assay.methods.booking import Aged, Booking, Books
 from assay.methods.correction import Correction
 from assay.methods.hessian import HessianProducts
 from assay.methods.line import Line
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["InRunSession"]
 
 Gradient = dict[Parameter, Tensor]
+COMPARED = 16  # of so many refreshed gradients one is compared with that before it
 
 
 @dataclass
@@ -77,8 +78,14 @@ class InRunSession:
             and not self.processes.sharded  # directions are gathered for a contraction, one parameter at a time
         )
         self._rides = self._early and method.path == "left"
+        self._folds = (  # the one gradient that the step is asked about is known when it is read
+            method.path == "left" and not self._rides and self._tail is None and not self.processes.sharded
+        )
         self._bookings: list[Booking] = []
         self._open: _Open | None = None
+        self._age = 0  # steps that were valued by the gradient at hand; 0 wants a new one
+        self._refreshes = 0
+        self._older: Gradient | None = None
         self._first = True
 
     def _make_tail(self) -> Tail | None:
@@ -95,15 +102,29 @@ class InRunSession:
     # --- the step ---
 
     def begin_step(self, step: int) -> Demand:
-        """Take ∇ℓ_val(w_t); it closes the account of the step before."""
+        """Take ∇ℓ_val(w_t); it closes the account of the step before. With `refresh`, of the block of steps before."""
         started = time.perf_counter()
-        self.losses, self.left = self.passes.gradients()
-        if self._first:
-            self._check_losses()
-        self._arrive(self.losses, self.left)
+        self._older = None
+        if self._age % self.method.refresh == 0:
+            older = self.left if self._compares() else None
+            self.losses, self.left = self.passes.gradients()
+            if self._first:
+                self._check_losses()
+            self._arrive(self.losses, self.left)
+            if older is not None:  # the step is valued by both, to say what their age does
+                self._older = older
+                self.left = {p: torch.cat([g, older[p]]) for p, g in self.left.items()}
+            self._age = 0
+            self._refreshes += 1
+        self._age += 1
         demand = self._demand()
         self.seconds += time.perf_counter() - started
         return demand
+
+    def _compares(self) -> bool:
+        """Whether the step about to begin is valued by the last gradient as well: the second, the 18th, … time."""
+        whole = self._age == self.method.refresh > 1
+        return whole and self._refreshes % COMPARED == 1
 
     def _demand(self) -> Demand:
         """Directions K ∇ℓ_val where K and ∇ℓ are known before the backward pass; else the gradients are kept.
@@ -129,7 +150,10 @@ class InRunSession:
                 "InRunShapley(granularity='token'): none of the model's inputs was of integers [B, T] or of numbers "
                 "[B, T, d], so there are no tokens; hand the sequence to the model itself, or leave granularity out."
             )
-        read = read_step(self.context.optimizer, self.params, step, batches, scale, self.processes)
+        read = read_step(
+            self.context.optimizer, self.params, step, batches, scale, self.processes, self._rides,
+            only=self.left if self._folds else None,
+        )  # fmt: skip
         booking = Booking(step, self.losses, gap, [batch.ids for batch in batches])
         if self._tail is not None:
             self._tail.weigh(read)
@@ -181,6 +205,8 @@ class InRunSession:
 
     def _book(self, booking: Booking) -> None:
         """A valued step: what other processes book for it counts in its account."""
+        if self._older is not None:
+            self._compare(booking)
         values = torch.stack([found.sum(1).double() for found in booking.values])
         late = torch.stack(
             [found.sum(1).double() for _, found in booking.late] or [torch.zeros_like(values[0])]
@@ -190,6 +216,15 @@ class InRunSession:
         booking.carried = booking.carried - all_late.to(booking.carried)
         booking.elsewhere = all_values + all_late - own.sum(0)
         self._bookings.append(booking)
+
+    def _compare(self, booking: Booking) -> None:
+        """Of a step that was valued by two gradients, the fresh one counts; afterwards it alone is there."""
+        n = len(self.method.target_names)
+        fresh, stale = [v[:n] for v in booking.values], [v[n:] for v in booking.values]
+        booking.aged = Aged(self.method.refresh, fresh, stale)
+        booking.values, booking.tokens = fresh, [found[:n] for found in booking.tokens]
+        booking.carried, booking.decayed = booking.carried[:n], booking.decayed[:n]
+        self.left, self._older = {p: g[:n].clone() for p, g in self.left.items()}, None
 
     def _arrive(self, losses: Tensor, right: Gradient | None = None) -> None:
         """The weights stand at the end of the last step: complete its booking.
@@ -208,8 +243,10 @@ class InRunSession:
                 self._open = None
                 raise
             self._open = None
-        if self._bookings and self._bookings[-1].after is None:
-            self._bookings[-1].after = losses
+        waiting = [booking for booking in self._bookings if booking.after is None]
+        for booking in waiting:
+            booking.after, booking.joins = losses, booking is not waiting[-1]
+        self._age = 0
 
     def _value(self, open_: _Open, losses: Tensor, right: Gradient) -> None:
         """Value a step by the mean gradient along its line, of which the weights stand at the end."""
@@ -233,11 +270,15 @@ class InRunSession:
     def skipped(self, step: int) -> None:
         """Nothing moved: an empty row that says so."""
         gap = torch.zeros((), device=self.losses.device)
+        if self._older is not None:
+            n = len(self.method.target_names)
+            self.left, self._older = {p: g[:n].clone() for p, g in self.left.items()}, None
         self._bookings.append(Booking(step, self.losses, gap, after=self.losses, status="skipped"))
 
     def unattended_update(self) -> None:
         """Weights are about to move by a step that was not seen: measure the last one's effect now."""
         self._finish()
+        self._age = 0
         if self._tail is not None:
             self._tail.pass_by()
 
@@ -245,7 +286,7 @@ class InRunSession:
         """Complete the last step's booking without a next step."""
         if self._open is not None:
             self._arrive(*self.passes.gradients())
-        elif self._bookings and self._bookings[-1].after is None:
+        elif any(booking.after is None for booking in self._bookings):
             self._arrive(self.passes.losses())
 
     # --- booking ---
@@ -262,7 +303,7 @@ class InRunSession:
     def flush(self) -> None:
         """Move what is complete to the host, in bulk, and to the ledger's writer."""
         done = [b for b in self._bookings if b.after is not None]
-        self._bookings = self._bookings[len(done) :]
+        self._bookings = [b for b in self._bookings if b.after is None]
         self.books.write(done)
         if done:
             self._write_momentum()

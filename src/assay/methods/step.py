@@ -15,8 +15,29 @@ from assay.capture.tokens import contract_by_token
 from assay.distributed import OneProcess, local
 from assay.methods.base import MicroBatch
 from assay.optimizers import OptimizerModel
+from assay.optimizers.scalars import Multiple
 
 __all__ = ["Step", "along", "read_step", "times"]
+
+
+PIECE = 1 << 16  # entries of a parameter that are read at once: what is made of them stays in the cache
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A step along one gradient that was known when it was read; gains and parts were never written out.
+
+    Args:
+        gradient: `{parameter: [targets, *shape]}`.
+        directions: K_t ∇ℓ / lr.
+        carried: `[targets]`: ⟨∇ℓ, carried⟩.
+        decayed: `[targets]`: ⟨∇ℓ, decayed⟩.
+    """
+
+    gradient: Directions
+    directions: dict[Parameter, Tensor]
+    carried: Tensor
+    decayed: Tensor
 
 
 @dataclass
@@ -43,11 +64,12 @@ class Step:
     scale: Tensor
     loss_scale: float | Tensor
     gains: Mapping[Parameter, Tensor | float]
-    carried: Mapping[Parameter, Tensor | float]
-    decayed: Mapping[Parameter, Tensor | float]
+    carried: Mapping[Parameter, Tensor | Multiple | float]
+    decayed: Mapping[Parameter, Tensor | Multiple | float]
     processes: OneProcess
     counts: dict[Parameter, int] = field(default_factory=dict)
     kappas: list[dict[Parameter, float]] = field(default_factory=list)
+    folded: Folded | None = None
 
     def riding_values(self) -> list[Tensor]:
         """`[targets, B]` by micro-batch, from the scores that came with the backward pass along ∇ℓ ⊙ K/lr.
@@ -77,6 +99,9 @@ class Step:
 
     def _directions(self, gradient: Directions) -> dict[Parameter, Tensor]:
         """K_t ∇ℓ / lr; zero for parameters that do not move."""
+        if self.folded is not None:
+            assert gradient is self.folded.gradient
+            return self.folded.directions
         return {
             p: times(g, self.gains[p]) if p in self.gains else torch.zeros_like(g)
             for p, g in gradient.items()
@@ -84,10 +109,14 @@ class Step:
 
     def carried_by(self, gradient: Directions) -> Tensor:
         """`[targets]`: ⟨∇ℓ, carried⟩."""
+        if self.folded is not None:
+            return self.folded.carried
         return self.processes.whole(_total(gradient, self.carried))
 
     def decayed_by(self, gradient: Directions) -> Tensor:
         """`[targets]`: ⟨∇ℓ, decayed⟩."""
+        if self.folded is not None:
+            return self.folded.decayed
         return self.processes.whole(_total(gradient, self.decayed))
 
 
@@ -98,6 +127,8 @@ def read_step(
     batches: Sequence[MicroBatch],
     scale: Tensor,
     processes: OneProcess,
+    rides: bool = False,
+    only: Directions | None = None,
 ) -> Step:
     """Read a coming step from the optimizer, in its pre-hook: the weights have not moved yet.
 
@@ -108,9 +139,21 @@ def read_step(
         batches: its micro-batches.
         scale: `[groups]`, c.
         processes: that train together.
+        rides: the values came with the backward pass, so that no gain is needed any more.
+        only: the one gradient that the step will be asked about, in one process without shards.
     """
     like = batches[0].scores
-    splits = {p: optimizer.split(p) for p in params if p.grad is not None}
+    moves: dict[Parameter, tuple[Tensor | Multiple | float, Tensor | Multiple | float]]
+    gains: dict[Parameter, Tensor | float] = {}
+    folded: Folded | None = None
+    if only is not None and optimizer.elementwise:
+        moves, folded = {}, _folded(optimizer, only)
+    elif rides:
+        moves = {p: optimizer.moves(p) for p in params if p.grad is not None}
+    else:
+        splits = {p: optimizer.split(p) for p in params if p.grad is not None}
+        gains = {p: local(s.gain) if isinstance(s.gain, Tensor) else s.gain for p, s in splits.items()}
+        moves = {p: (s.carried, s.decayed) for p, s in splits.items()}
     lr = torch.stack(
         [
             torch.as_tensor(optimizer.lr(g), dtype=like.dtype, device=like.device)
@@ -123,11 +166,41 @@ def read_step(
         lr,
         scale.to(like),
         optimizer.grad_scale(),
-        {p: _held(split.gain) for p, split in splits.items()},
-        {p: _held(split.carried) for p, split in splits.items()},
-        {p: _held(split.decayed) for p, split in splits.items()},
+        gains,
+        {p: _held(carried) for p, (carried, _) in moves.items()},
+        {p: _held(decayed) for p, (_, decayed) in moves.items()},
         processes,
+        folded=folded,
     )
+
+
+def _folded(optimizer: OptimizerModel, gradient: Directions) -> Folded:
+    """Read the step and what it makes of a gradient, a piece at a time on a CPU."""
+    some = next(iter(gradient.values()))
+    targets = some.shape[0]
+    wide = torch.promote_types(some.dtype, torch.float32)
+    sums = torch.zeros(2, targets, dtype=wide, device=some.device)  # carried, decayed
+    directions: dict[Parameter, Tensor] = {}
+    for p, G in gradient.items():
+        if p.grad is None:
+            directions[p] = torch.zeros_like(G)
+            continue
+        rows = G.reshape(targets, -1)
+        size = PIECE if p.device.type == "cpu" else p.numel()
+        if p.numel() <= size:
+            split = optimizer.split(p)
+            directions[p] = times(G, split.gain)
+            sums[0] += along(G, split.carried).to(sums)
+            sums[1] += along(G, split.decayed).to(sums)
+            continue
+        made = torch.empty_like(rows)
+        for part, split in optimizer.pieces(p, size):
+            own = rows[:, part]
+            made[:, part] = times(own, split.gain)
+            sums[0] += along(own, split.carried).to(sums)
+            sums[1] += along(own, split.decayed).to(sums)
+        directions[p] = made.view(G.shape)
+    return Folded(gradient, directions, sums[0], sums[1])
 
 
 def times(direction: Tensor, gain: Tensor | float) -> Tensor:
@@ -135,8 +208,10 @@ def times(direction: Tensor, gain: Tensor | float) -> Tensor:
     return direction if isinstance(gain, float) and gain == 1.0 else direction * gain
 
 
-def along(direction: Tensor, moved: Tensor | float) -> Tensor:
+def along(direction: Tensor, moved: Tensor | Multiple | float) -> Tensor:
     """`[targets]`: ⟨∇ℓ_n, moved⟩."""
+    if isinstance(moved, Multiple):
+        return along(direction, moved.tensor) * moved.factor
     rows = direction.reshape(direction.shape[0], -1)
     if not isinstance(moved, Tensor):
         return rows.sum(1) * moved if moved else rows.new_zeros(rows.shape[0])
@@ -144,7 +219,9 @@ def along(direction: Tensor, moved: Tensor | float) -> Tensor:
     return rows.to(wide) @ moved.to(wide).expand(direction.shape[1:]).flatten()
 
 
-def _held(x: Tensor | float) -> Tensor | float:
+def _held(x: Tensor | Multiple | float) -> Tensor | Multiple | float:
+    if isinstance(x, Multiple):
+        return Multiple(x.factor, local(x.tensor))
     return local(x) if isinstance(x, Tensor) else x
 
 
@@ -152,7 +229,8 @@ def _weighted(factor: Tensor, scores: Tensor) -> Tensor:
     return torch.einsum("g,gnb->nb", factor.to(scores), scores)
 
 
-def _total(gradient: Directions, moved: Mapping[Parameter, Tensor | float]) -> Tensor:
-    parts = [along(gradient[p], m) for p, m in moved.items()]
+def _total(gradient: Directions, moved: Mapping[Parameter, Tensor | Multiple | float]) -> Tensor:
+    still = 0.0  # what does not move at all
+    parts = [along(gradient[p], m) for p, m in moved.items() if not isinstance(m, float) or m != still]
     some = next(iter(gradient.values()))
     return torch.stack(parts).sum(0) if parts else some.new_zeros(some.shape[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class Adafactor(OptimizerModel):
     It cannot be foreseen. Source: Shazeer and Stern, ICML 2018, algorithms 4 and 6, in the form of the
     torch documentation.
     """
+
+    elementwise: ClassVar[bool] = False
 
     def _linear(
         self, group: Group, state: State, w: Tensor, g: Tensor

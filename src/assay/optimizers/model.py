@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from assay.errors import CoverageError, InputError
-from assay.optimizers.scalars import Scalar, number, squeezed, widened
+from assay.optimizers.scalars import Multiple, Scalar, number, squeezed, widened
 
 __all__ = ["Group", "OptimizerModel", "Split", "State"]
 
@@ -55,11 +56,13 @@ class OptimizerModel(ABC):
             ``register_step_pre_hook`` is called with the gradients that the update will use.
         preconditioned: Whether the gain contains the current gradient. If not, :meth:`previous_gain` is exact
             and never ``None``.
+        elementwise: Whether an entry's step depends on that entry's gradient and state alone.
         buffer_is_preconditioned: How an earlier gradient acts through the buffer, see :meth:`tail`.
     """
 
     buffer_is_preconditioned: ClassVar[bool] = False
     preconditioned: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -141,15 +144,41 @@ class OptimizerModel(ABC):
                 f"{self._name(param)} has a sparse gradient: build its embedding with sparse=False, "
                 "or exclude it"
             )
-        w, scale = widened(param.detach()), self.grad_scale()
-        g = widened(grad.detach())
+        return self._split(group, self._state(param), widened(param.detach()), widened(grad.detach()))
+
+    @torch.no_grad()
+    def pieces(self, param: Tensor, entries: int) -> Iterator[tuple[slice, Split]]:
+        """Yield :meth:`split` of the flattened parameter piece by piece, so that what is between stays in the cache.
+
+        Only where ``elementwise``: entry by entry the same as :meth:`split`.
+
+        Args:
+            param: A parameter of the optimizer whose ``.grad`` is dense.
+            entries: Of one piece.
+        """
+        group, state, shape = self._group(param), self._state(param), param.shape
+        assert param.grad is not None
+        w, g = param.detach().reshape(-1), param.grad.detach().reshape(-1)
+        flat = {
+            k: x.reshape(-1) if isinstance(x, Tensor) and x.shape == shape else x for k, x in state.items()
+        }
+        for start in range(0, param.numel(), entries):
+            part = slice(start, start + entries)
+            own = {
+                k: x[part] if isinstance(x, Tensor) and x.dim() and len(x) == len(w) else x
+                for k, x in flat.items()
+            }
+            yield part, self._split(group, own, widened(w[part]), widened(g[part]))
+
+    def _split(self, group: Group, state: State, w: Tensor, g: Tensor) -> Split:
+        scale = self.grad_scale()
         if isinstance(scale, Tensor) or scale != 1.0:
             g = g / scale
         weight_decay, decoupled = self._weight_decay(group)
         g = _signed(group, g)
         if not decoupled and not _is_zero(weight_decay):
             g = torch.add(g, weight_decay * w)
-        gain, carried = self._linear(group, self._state(param), w, g)
+        gain, carried = self._linear(group, state, w, g)
         lr = squeezed(group["lr"])
         carried = lr * carried
         if _is_zero(weight_decay):
@@ -160,6 +189,11 @@ class OptimizerModel(ABC):
         if isinstance(scale, Tensor) or scale != 1.0:
             gain = gain / scale
         return self._unless_skipped(Split(gain, carried, decayed))
+
+    def moves(self, param: Tensor) -> tuple[Tensor | Multiple | float, Tensor | Multiple | float]:
+        """Return ``carried`` and ``decayed`` of :meth:`split`, as multiples of tensors that exist where they are."""
+        split = self.split(param)
+        return split.carried, split.decayed
 
     def couples_decay(self, param: Tensor) -> bool:
         """Return whether the weight decay is added to the gradient (L2), so that the momentum buffer holds it."""

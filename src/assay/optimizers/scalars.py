@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scalar", "next_step", "number", "second_moment", "squeezed", "widened"]
+__all__ = ["Multiple", "Scalar", "next_step", "number", "second_moment", "squeezed", "widened"]
 
 Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """`factor · tensor`, not written out."""
+
+    factor: Scalar
+    tensor: Tensor
 
 
 def squeezed(x: Any) -> Scalar:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from assay.optimizers.model import Group, OptimizerModel, State
-from assay.optimizers.scalars import Scalar, number, widened
+from assay.optimizers.scalars import Multiple, Scalar, number, squeezed, widened
 
 __all__ = ["SGD"]
 
@@ -29,6 +30,25 @@ class SGD(OptimizerModel):
             return _weight(group, age=0, first=True), 0.0
         carry = self._momentum(group) * (self._momentum(group) if group["nesterov"] else 1.0)
         return _weight(group, age=0, first=False), carry * widened(buffer)
+
+    def moves(self, param: Tensor) -> tuple[Tensor | Multiple | float, Tensor | Multiple | float]:
+        """Return the buffer's and the weights' own tensors, each with its factor."""
+        group, grad = self._group(param), param.grad
+        plain = grad is not None and grad.layout is torch.strided and not param.is_complex()
+        if not plain or any(
+            getattr(self.optimizer, name, None) is not None for name in ("grad_scale", "found_inf")
+        ):
+            return super().moves(param)
+        lr, buffer = squeezed(group["lr"]), self._buffer(group, self._state(param))
+        gain = _weight(group, age=0, first=buffer is None)
+        carry = self._momentum(group) * (self._momentum(group) if group["nesterov"] else 1.0)
+        decay, _ = self._weight_decay(group)
+        return (
+            0.0 if buffer is None else Multiple(lr * carry, widened(buffer)),
+            0.0
+            if not isinstance(decay, Tensor) and decay == 0
+            else Multiple(lr * decay * gain, widened(param.detach())),
+        )
 
     def _foreseen_gain(self, group: Group, state: State) -> Tensor | float:
         return _weight(group, age=0, first=self._buffer(group, state) is None)

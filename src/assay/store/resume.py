@@ -28,11 +28,18 @@ def recorded(path: Path) -> RunFolder | None:
 
 
 def account_of(path: Path) -> pl.DataFrame | None:
-    """`step, skipped` of the steps that a folder's account holds; None if it holds no run."""
+    """`step, skipped` of the steps that a folder's account holds; None if it holds no run.
+
+    Where a row of the account stands for a block of steps, the values tell the others.
+    """
     before = recorded(path)
     if before is None:
         return None
     rows = before.account().group_by("step").agg(skipped=(pl.col("status") == "skipped").all())
+    methods = before.header.info.get("methods") or []
+    if any(method.get("refresh", 1) > 1 for method in methods):
+        valued = before.values().select("step").unique().with_columns(skipped=pl.lit(False))
+        rows = pl.concat([rows, valued]).unique("step", keep="first", maintain_order=True)
     return rows.sort("step").collect()
 
 

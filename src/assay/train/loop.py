@@ -133,6 +133,7 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
                 path=config.attribution.path,
                 momentum=config.attribution.momentum,
                 tolerance=config.attribution.tolerance,
+                refresh=config.attribution.refresh,
                 granularity=config.attribution.granularity,
             ),
             *_embedding(setup),

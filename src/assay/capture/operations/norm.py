@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.capture.call import Call, rule
+from assay.capture.layer_norm import ObservedLayerNorm
 
 
 @rule(F.layer_norm, torch.layer_norm)
 def layer_norm(call: Call) -> Any:
     """`F.layer_norm(x [..., *shape], shape, w, b, eps)`."""
     shape, eps = call.argument(1, "normalized_shape"), call.argument(4, "eps", 1e-5)
+    y = _layer_norm(call, (shape,) if isinstance(shape, int) else tuple(shape), eps)
+    if y is not None:
+        return y
     return _norm(call, shape, call.argument(3, "bias"), lambda x: F.layer_norm(x, shape, None, None, eps))
 
 
@@ -28,6 +32,32 @@ def rms_norm(call: Call) -> Any:
     """`F.rms_norm(x [..., *shape], shape, w, eps)`."""
     shape, eps = call.argument(1, "normalized_shape"), call.argument(3, "eps")
     return _norm(call, shape, None, lambda x: F.rms_norm(x, shape, None, eps))
+
+
+def _layer_norm(call: Call, shape: tuple[int, ...], eps: float) -> Tensor | None:
+    """The form that makes its weight gradients itself; None where something asks for the general one."""
+    capture, x = call.capture, call.args[0]
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    layout, on_weight, on_bias = call.layout(x), call.weight(weight), call.weight(bias)
+    if (
+        capture.strict
+        or capture.by_token
+        or layout is None
+        or on_weight is None
+        or not weight.requires_grad
+        or (bias is not None and (on_bias is None or not bias.requires_grad))
+        or x.dim() <= len(shape)
+        or not layout.is_sample_major(x.shape[0])
+        or x.dtype not in (torch.float32, torch.float64)
+        or any(t is not None and t.dtype != x.dtype for t in (weight, bias))
+        or torch.is_autocast_enabled(x.device.type)
+        or not x.numel()
+    ):
+        return None
+    y = ObservedLayerNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, shape, eps, capture.probe, capture, (on_weight, on_bias), layout.batch
+    )
+    return capture.note(call, (on_weight, on_bias), y, layout, call.name)
 
 
 def _norm(call: Call, shape: Any, bias: Tensor | None, normalise: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from assay.capture.contraction import COST, _batched, per_sample_products
+from assay.capture.contraction import batched, batched_is_cheaper, cost_model, per_sample_products
 from assay.capture.layout import Layout
 
 RESULTS = Path(__file__).parent / "results" / "contractions-cpu.json"
@@ -39,7 +39,7 @@ def forms(batch: int, positions: int, d: int, p: int) -> dict[str, Callable[[], 
     flat_a, flat_b = a.view(-1, d), b.view(-1, p)
     return {
         "plain": lambda: flat_b.t() @ flat_a,
-        "batched": lambda: _batched(a, b, directions),
+        "batched": lambda: batched(a, b, directions, cost_model("cpu")),
         "directional": lambda: (flat_b.t() @ flat_a, per_sample_products(a, b, layout, directions)),
     }
 
@@ -62,9 +62,7 @@ def measure(layer: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
         "per_entry": more["batched"] / (batch * p * d),
         "per_flop": more["directional"] / (2 * batch * positions * p * d),
         "cheaper": min(more, key=lambda name: more[name]),
-        "chosen": "batched"
-        if COST.batched(batch, p, d, 1) <= COST.directional(batch, positions, p, d, 1)
-        else "directional",
+        "chosen": "batched" if batched_is_cheaper(batch, positions, p, d, 1) else "directional",
     }  # fmt: skip
 
 

@@ -5,7 +5,8 @@ Arms, for SGD and for AdamW:
 * plain: forward, backward, `optimizer.step()`, `zero_grad()`;
 * pass: the same after one gradient of the validation loss by `torch.autograd.grad`, which is thrown away;
 * assay: the same loop inside `assay.Run` with one first-order target, and with `--path` higher orders beside it, each
-  with the choice of what waits for the step's right end (`--path trapezoid:reduced`).
+  with the choice of what waits for the step's right end (`--path trapezoid:reduced`) and of how many steps a target's
+  gradient serves (`--path left@4`).
 
 All arms run in one process, one step of each per round in an order that rotates, so that whatever else the
 machine does hits all of them alike. A ratio is taken within a round, to the plain step of the same optimizer; the
@@ -135,8 +136,9 @@ def arm(options: argparse.Namespace, size: Size, optimizer: str, kind: str) -> S
     if kind == "pass":
         return with_pass
     target = assay.Target([held_out], loss_fn)
-    path, _, memory = (kind.removeprefix("assay").strip() or "left").partition(":")
-    method = assay.InRunShapley({"held out": target}, path, memory=memory or "keep")
+    choice, _, every = (kind.removeprefix("assay").strip() or "left").partition("@")
+    path, _, memory = choice.partition(":")
+    method = assay.InRunShapley({"held out": target}, path, memory=memory or "keep", refresh=int(every or 1))
     run = assay.Run(model, opt, methods=[method], check="off")
     ids = list(range(size.batch))
 
@@ -310,13 +312,14 @@ def parser() -> argparse.ArgumentParser:
         "--family", choices=("gpt", "gpt2"), default="gpt", help="plain torch, or transformers' GPT-2"
     )
     result.add_argument(
-        "--path", action="append", default=[], metavar="PATH[:MEMORY]",
+        "--path", action="append", default=[], metavar="PATH[:MEMORY][@REFRESH]",
         choices=[
             path + memory
             for path in ("left", "trapezoid", "simpson", "hessian")
             for memory in ("", ":recompute", ":reduced")
             if memory != ":reduced" or path in ("trapezoid", "simpson")
-        ],
+        ]
+        + ["left@2", "left@4", "left@8"],
         help="measure this path beside the first order; may be repeated",
     )  # fmt: skip
     result.add_argument("--rounds", type=int, help="timed steps of each arm (20; 5 with --quick)")

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 import assay
-from assay.capture import contraction, probe
+from assay.capture import contraction, layer_norm, probe
+from assay.methods import step as reading
 
 # --- the table of the main job
 
@@ -253,7 +254,7 @@ def test_unused_parameter_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("form", ["batched", "one sample at a time", "directional"])
+@pytest.mark.parametrize("form", ["batched", "one sample at a time", "pieces of three", "directional"])
 @pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])
 @pytest.mark.parametrize("name", ["gpt2", "mlp", "mlp_tokens", "sequence_first", "two_modules_one_weight"])
 def test_every_contraction(
@@ -262,7 +263,11 @@ def test_every_contraction(
     """Whatever the cost model chooses on this machine, each form gives the same values."""
     monkeypatch.setattr(contraction, "batched_is_cheaper", lambda *sizes: form != "directional")
     if form == "one sample at a time":
-        monkeypatch.setattr(contraction, "COST", contraction.CostModel(block_bytes=1))
+        monkeypatch.setattr(contraction, "cost_model", lambda device: contraction.CostModel(block_bytes=1))
+        monkeypatch.setattr(layer_norm, "BLOCK", 1)
+    if form == "pieces of three":  # samples of a layer, entries of a parameter
+        monkeypatch.setattr(contraction.CostModel, "samples_per_block", lambda *sizes: 3)
+        monkeypatch.setattr(reading, "PIECE", 3)
     if form == "directional":
         monkeypatch.setattr(probe, "per_sample_gradients", lambda *factors: None)
     case = CASES[name]

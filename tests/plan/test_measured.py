@@ -96,8 +96,8 @@ def test_an_in_run_step(
 ) -> None:
     if not whole:
         none = contraction.CostModel(kept_bytes=0)
-        monkeypatch.setattr(contraction, "COST", none)
-        monkeypatch.setattr("assay.plan.cost.COST", none)
+        monkeypatch.setattr(contraction, "cost_model", lambda device: none)
+        monkeypatch.setattr("assay.plan.cost.cost_model", lambda device: none)
     planned = plan.in_run(SHAPE, RUN, targets, validation, path, rides=False).operations
     network = model()
     added = steady_step(path, targets, validation) - counted(lambda: plain_step(network))

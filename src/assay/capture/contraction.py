@@ -22,8 +22,11 @@ from assay.capture.layout import Layout
 from assay.capture.room import Room
 
 __all__ = [
+    "SHIPPED",
     "Blocks",
     "CostModel",
+    "batched",
+    "cost_model",
     "directional",
     "per_sample_gradients",
     "per_sample_products",
@@ -35,7 +38,8 @@ __all__ = [
 class CostModel:
     """Seconds per elementary piece of work, and the memory that one block of per-sample gradients may take.
 
-    The defaults were measured on two cores of a server CPU by `benchmarks/contractions.py`.
+    The defaults were measured on two cores of a server CPU by `benchmarks/contractions.py`; `assay bench calibrate`
+    measures those of the machine that it runs on (`calibration`).
     """
 
     per_entry: float = 0.35e-9  # a per-sample gradient entry written, summed and dotted once
@@ -43,7 +47,7 @@ class CostModel:
     kept_bytes: int = (
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
-    block_bytes: int = 5 << 20  # per-sample gradients of one block: a few samples, within the last cache
+    block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
 
     def batched(self, batch: int, p: int, d: int, targets: int) -> float:
         """Extra seconds of the batched form over the weight-gradient GEMM that it replaces."""
@@ -53,19 +57,33 @@ class CostModel:
         """Extra seconds of the directional form."""
         return targets * batch * positions * (2 * p * d * self.per_flop + 2 * p * self.per_entry)
 
-    def samples_per_block(self, p: int, d: int, itemsize: int, device_type: str) -> int:
+    def samples_per_block(self, p: int, d: int, itemsize: int) -> int:
         """How many samples' gradients to form at once."""
-        room = self.block_bytes if device_type == "cpu" else 8 * self.block_bytes
-        return max(1, room // (p * d * itemsize))
+        return max(1, self.block_bytes // (p * d * itemsize))
 
 
 COST = CostModel()
+SHIPPED = {  # where nothing was calibrated; "cuda" by the data sheet of an A100: 1.5 TB/s, 20 Tflop/s without TF32
+    "cpu": COST,
+    "cuda": CostModel(per_entry=8e-12, per_flop=5e-14, kept_bytes=2 << 30, block_bytes=80 << 20),
+}
+
+
+@lru_cache(maxsize=8)
+def cost_model(device_type: str) -> CostModel:
+    """The constants of a kind of device: calibrated on this machine, or those that are shipped."""
+    from assay.capture.calibration import calibrated  # which measures what is below
+
+    return calibrated(device_type) or SHIPPED.get(device_type, SHIPPED["cuda"])
 
 
 @lru_cache(maxsize=4096)
-def batched_is_cheaper(batch: int, positions: int, p: int, d: int, targets: int) -> bool:
+def batched_is_cheaper(
+    batch: int, positions: int, p: int, d: int, targets: int, device_type: str = "cpu"
+) -> bool:
     """Whether the batched form beats the directional one where the weight gradient is needed as well."""
-    return COST.batched(batch, p, d, targets) <= COST.directional(batch, positions, p, d, targets)
+    cost = cost_model(device_type)
+    return cost.batched(batch, p, d, targets) <= cost.directional(batch, positions, p, d, targets)
 
 
 def directional(moved: list[Tensor], b: Tensor, layout: Layout) -> Tensor:
@@ -96,10 +114,10 @@ def weight_gradient_and_products(
     batch = layout.batch
     positions = b.numel() // max(p * batch, 1)
     regular = layout.labels is None and layout.dim < b.dim() - 1
-    if not regular or not batched_is_cheaper(batch, positions, p, d, directions.shape[0]):
+    if not regular or not batched_is_cheaper(batch, positions, p, d, directions.shape[0], a.device.type):
         return b.reshape(-1, p).t() @ a.reshape(-1, d), per_sample_products(a, b, layout, directions)
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
-    return _batched(a, b, directions)
+    return batched(a, b, directions, cost_model(a.device.type))
 
 
 def per_sample_gradients(
@@ -122,7 +140,9 @@ def per_sample_gradients(
     positions = b.numel() // max(p * batch, 1)
     regular = layout.labels is None and layout.dim < b.dim() - 1
     pair, dense = positions * (p + d), p * d
-    affordable = dense <= 4 * pair and batch * dense * a.element_size() <= COST.kept_bytes
+    affordable = (
+        dense <= 4 * pair and batch * dense * a.element_size() <= cost_model(a.device.type).kept_bytes
+    )
     if not regular or not (dense <= pair or affordable):
         return None
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
@@ -157,7 +177,7 @@ class Blocks:
             yield slice(None), self.whole
             return
         whole = self.whole
-        block = COST.samples_per_block(p, d, a.element_size(), a.device.type)
+        block = cost_model(a.device.type).samples_per_block(p, d, a.element_size())
         apart = (
             None if whole.dtype == a.dtype else self._room.empty((min(block, batch), p, d), a.dtype, a.device)
         )
@@ -170,7 +190,7 @@ class Blocks:
             yield part, out
 
 
-def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def batched(a: Tensor, b: Tensor, directions: Tensor, cost: CostModel) -> tuple[Tensor, Tensor]:
     """Blocks of per-sample gradients, summed and dotted before the next block is formed.
 
     One parallel product for each block and reduction: on a CPU that others use as well, every further one is a place
@@ -180,11 +200,12 @@ def _batched(a: Tensor, b: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         a: `[B, T, d]`.
         b: `[B, T, p]`.
         directions: `[targets, p, d]`.
+        cost: how large a block may be.
     """
     batch, d, p = a.shape[0], a.shape[2], b.shape[2]
     wide = torch.promote_types(a.dtype, torch.float32)
     G = directions.reshape(-1, p * d).to(wide)  # [targets, p·d]
-    block = min(batch, COST.samples_per_block(p, d, a.element_size(), a.device.type))
+    block = min(batch, cost.samples_per_block(p, d, a.element_size()))
     total = torch.zeros(p * d, dtype=wide, device=a.device)
     products = torch.empty(batch, G.shape[0], dtype=wide, device=a.device)
     room = torch.empty(block, p, d, dtype=a.dtype, device=a.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -49,3 +50,38 @@ def overhead(context: typer.Context, debug: Debug = False) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(context.args)
+
+
+@bench.command()
+def calibrate(
+    device: Annotated[str, typer.Option(help="What to measure: cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runs that it is for.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two small layers; for trying the command.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine's constants for the choice between contractions, and keep them for later runs.
+
+    Takes about a minute on an otherwise idle machine. ASSAY_CONFIG names another folder for the file.
+
+    Example: assay bench calibrate --threads 2
+    """
+    import torch
+
+    from assay.capture import calibration
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--device {device}: {str(error).splitlines()[0]}; name one that is there."
+        ) from error
+    layers, rounds = (calibration.QUICK, 3) if quick else (calibration.LAYERS, 9)
+    found = calibration.measure(chosen, layers, rounds)
+    file = calibration.keep(found, chosen)
+    typer.echo(
+        f"{chosen.type}: {found.per_entry:.3g} s per gradient entry, {found.per_flop:.3g} s per operation, blocks of "
+        f"{found.block_bytes >> 20} MiB; kept in {file}"
+    )

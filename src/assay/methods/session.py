@@ -35,6 +35,7 @@ from assay.methods.sketch import SketchTail
 from assay.methods.step import Step, read_step, times
 from assay.optimizers import OptimizerModel
 from assay.optimizers.adafactor import Adafactor
+from assay.optimizers.scalars import Multiple
 
 if TYPE_CHECKING:
     from assay.distributed import OneProcess
@@ -86,6 +87,7 @@ class InRunSession:
         self._age = 0  # steps that were valued by the gradient at hand; 0 wants a new one
         self._refreshes = 0
         self._older: Gradient | None = None
+        self.left: Gradient = {}
         self._first = True
 
     def _make_tail(self) -> Tail | None:
@@ -183,7 +185,10 @@ class InRunSession:
         for p, gain in step.gains.items():
             assert p.grad is not None
             lr = self.context.optimizer.lr(self.context.optimizer.group_index(p))
-            u[p] = (lr * gain * p.grad + step.carried[p] + step.decayed[p]).expand_as(p)
+            carried, decayed = step.carried[p], step.decayed[p]
+            assert not isinstance(carried, Multiple)  # of a step whose values rode
+            assert not isinstance(decayed, Multiple)
+            u[p] = (lr * gain * p.grad + carried + decayed).expand_as(p)
         curved = self._hessian(u)
         return {p: g - 0.5 * curved[p] for p, g in self.left.items()}
 

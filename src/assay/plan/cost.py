@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from assay.capture.contraction import COST
+from assay.capture.contraction import cost_model
 from assay.plan.shape import Shape
 from assay.snapshots import Snapshots
 
@@ -107,7 +107,7 @@ def _kept(shape: Shape, run: Training) -> tuple[float, float]:
     operations = held = 0.0
     for d, p, n in shape.matrices:
         whole, pair = d * p, (d + p) * run.context
-        if whole <= 4 * pair and run.batch * whole * run.width <= COST.kept_bytes:
+        if whole <= 4 * pair and run.batch * whole * run.width <= cost_model("cpu").kept_bytes:
             held += n * run.batch * whole * run.width
         else:
             held += n * run.batch * pair * run.width

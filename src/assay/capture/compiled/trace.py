@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from assay.capture.compiled.reasons import CannotCompileError
 from assay.capture.compiled.slots import Deliver, taken_apart
-from assay.capture.contraction import COST
+from assay.capture.contraction import cost_model
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.marks import Directions, Mark, Weight
@@ -154,7 +154,7 @@ def _written_out(weight: Weight, factors: Factors) -> Tensor:
     if isinstance(factors, Outer) and factors.layout.labels is None and factors.layout.dim == 0:
         a, b = (factors.b, factors.a) if factors.transposed else (factors.a, factors.b)
         batch, entries = factors.layout.batch, a.shape[-1] * b.shape[-1]
-        if batch * entries * a.element_size() <= COST.kept_bytes:
+        if batch * entries * a.element_size() <= cost_model(a.device.type).kept_bytes:
             a = factors.layout.grouped(a).reshape(batch, -1, a.shape[-1])
             b = factors.layout.grouped(b).reshape(batch, -1, b.shape[-1])
             return torch.bmm(b.transpose(1, 2), a)

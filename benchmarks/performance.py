@@ -1,0 +1,320 @@
+"""What values cost beside a training step, side by side in one process, and the page that says it.
+
+Arms on the main size, for SGD and AdamW: the plain step, the same after a bare validation pass, every path of in-run
+values, `left` with a target's gradient for four steps, recording for data value embeddings at two ranks, and the two
+direct methods: a forward and backward pass per sample (direct), and `torch.func` over the samples (func), each dotted
+with the target's gradient. Further models and sizes with the first order alone. Then the first order over more samples,
+tokens and targets, with a least-squares line through what it adds to the plain step.
+
+One step of each arm per round, in an order that rotates; ratios are taken within a round, to the plain step of the same
+optimizer; medians and quartiles. Rounds end when their share of the time is spent.
+
+    python benchmarks/performance.py            # about 8 minutes on two cores; JSON, docs/performance.md and its plot
+    python benchmarks/performance.py --quick    # seconds, nothing written but to --out
+    python benchmarks/performance.py --page     # the page alone, from the JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import overhead
+import performance_page
+from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size, Step, seconds, summary
+
+import assay
+
+ARMS = (
+    "plain", "pass", "assay", "assay left@4", "assay trapezoid", "assay simpson", "assay hessian",
+    "record 16", "record 64", "direct", "func",
+)  # fmt: skip
+MAIN = Size(16, 256, 384, 2)
+OTHERS = [
+    ("gpt2", Size(8, 256, 256, 2)), ("gpt2", Size(4, 512, 768, 1)), ("gpt2", Size(32, 64, 256, 2)),
+    ("llama", Size(8, 256, 256, 2)), ("llama", Size(4, 512, 512, 1)), ("llama", Size(32, 64, 256, 2)),
+]  # fmt: skip
+BASE = Size(8, 128, 192, 2)
+ALONG = {"samples": (4, 8, 16, 32), "tokens": (64, 128, 256, 512), "targets": (1, 2, 4, 8)}
+QUICK = Size(4, 16, 32, 1)
+
+
+def arm(family: str, size: Size, optimizer: str, kind: str, options: Namespace, targets: int = 1) -> Step:
+    """One training step of that kind, on a model of its own."""
+    own = kind in ("direct", "func") or kind.startswith("record") or targets > 1 or family == "llama"
+    if not own:
+        return overhead.arm(
+            Namespace(family=family, device=options.device, accumulate=1), size, optimizer, kind
+        )
+    device = torch.device(options.device)
+    model, loss_fn = (
+        (llama(size), overhead.hugging_face_loss) if family == "llama" else overhead.build(size, family)
+    )
+    model.to(device)
+    opt = OPTIMIZERS[optimizer](model)
+    generator = torch.Generator().manual_seed(1)
+    shape = (size.batch, size.context + 1)
+    batch = torch.randint(VOCABULARY, shape, generator=generator).to(device)
+    held_out = [
+        torch.randint(VOCABULARY, (1, shape[1]), generator=generator).to(device) for _ in range(targets)
+    ]
+
+    def update() -> None:
+        opt.step()
+        opt.zero_grad()
+
+    def plain() -> None:
+        loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        update()
+
+    def bare() -> list[list[Tensor]]:
+        return [list(torch.autograd.grad(loss_fn(model, x), list(model.parameters()))) for x in held_out]
+
+    def with_pass() -> None:
+        bare()
+        plain()
+
+    if kind == "plain":
+        return plain
+    if kind == "pass":
+        return with_pass
+    if kind == "direct":
+        return lambda: one_by_one(model, loss_fn, batch, bare(), update)
+    if kind == "func":
+        return lambda: by_functions(model, loss_fn, batch, bare(), update)
+    run = assay.Run(model, opt, methods=[method(kind, held_out, loss_fn)], check="off")
+    ids = list(range(size.batch))
+
+    def with_assay() -> None:
+        with run.step(ids):
+            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        update()
+
+    return with_assay
+
+
+def method(kind: str, held_out: list[Tensor], loss_fn: Callable[[nn.Module, Tensor], Tensor]) -> Any:
+    """In-run values of a path, or the recording of embeddings at a rank."""
+    if kind.startswith("record"):
+        return assay.DataValueEmbedding(assay.Projection(rank=int(kind.split()[1])))
+    named = {f"held out {n}": assay.Target([x], loss_fn) for n, x in enumerate(held_out)}
+    path, _, every = (kind.removeprefix("assay").strip() or "left").partition("@")
+    return assay.InRunShapley(named, path, refresh=int(every or 1))
+
+
+def llama(size: Size) -> nn.Module:
+    """Llama's blocks with random weights: RMSNorm, rotary positions, gated perceptrons, grouped queries."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(1, size.width // 64)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        intermediate_size=8 * size.width // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=size.context,
+    )
+    return LlamaForCausalLM(config)
+
+
+def one_by_one(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Tensor], Tensor],
+    batch: Tensor,
+    directions: list[list[Tensor]],
+    update: Callable[[], None],
+) -> Tensor:
+    """`[targets, B]`: the direct method, a micro-batch of one sample at a time; then the step."""
+    params = list(model.parameters())
+    scores = []
+    for n in range(len(batch)):
+        found = torch.autograd.grad(loss_fn(model, batch[n : n + 1]) / len(batch), params)
+        scores.append(torch.stack([dot(found, G) for G in directions]))
+        for p, g in zip(params, found, strict=True):
+            p.grad = g if p.grad is None else p.grad.add_(g)
+    update()
+    return torch.stack(scores, 1)
+
+
+def by_functions(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Tensor], Tensor],
+    batch: Tensor,
+    directions: list[list[Tensor]],
+    update: Callable[[], None],
+) -> Tensor:
+    """`[targets, B]`: per-sample gradients by `torch.func.vmap(grad)`, written out and dotted; then the step."""
+    named = dict(model.named_parameters())
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, row: Tensor) -> Tensor:
+            return loss_fn(self.model, row[None])
+
+    wrapped = Loss()
+
+    def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            found: Tensor = torch.func.functional_call(
+                wrapped, {f"model.{k}": v for k, v in values.items()}, (row,)
+            )
+        return found / len(batch)
+
+    held = {k: p.detach() for k, p in named.items()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(held, batch)
+    scores = [
+        torch.stack([each[k].flatten(1) @ g.flatten() for k, g in zip(named, G, strict=True)]).sum(0)
+        for G in directions
+    ]
+    for k, p in named.items():
+        p.grad = each[k].sum(0)
+    update()
+    return torch.stack(scores)
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """⟨a, b⟩ over all parameters."""
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def timed(arms: dict[str, Step], options: Namespace, limit: float) -> dict[str, list[float]]:
+    """Seconds of each round; two rounds at least, then until the time is spent."""
+    device, order = torch.device(options.device), list(arms)
+    taken: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(options.warmup):
+        for name in order:
+            arms[name]()
+    started, number = time.perf_counter(), 0
+    while number < 3 or (number < options.rounds and time.perf_counter() - started < limit):
+        turn = number % len(order)
+        for name in order[turn:] + order[:turn]:
+            taken[name].append(seconds(arms[name], device))
+        number += 1
+    return taken
+
+
+def rows(taken: dict[str, list[float]], **what: Any) -> list[dict[str, Any]]:
+    """One row per arm: seconds, ratio to the plain step, how far above the bare pass."""
+    plain, bare = taken["plain"], taken["pass"]
+    return [
+        {
+            **what,
+            "arm": name,
+            "rounds": len(found),
+            "seconds": summary(found),
+            "ratio": summary([a / p for a, p in zip(found, plain, strict=True)]),
+            "above_pass": summary([(a - v) / p for a, v, p in zip(found, bare, plain, strict=True)]),
+        }
+        for name, found in taken.items()
+    ]
+
+
+def slopes(options: Namespace, share: float) -> list[dict[str, Any]]:
+    """What the first order adds to the plain step over samples, tokens and targets, and a line through it."""
+    found = []
+    for along, numbers in ALONG.items():
+        added, ratios = [], []
+        for n in numbers[:2] if options.quick else numbers:
+            size = (QUICK if options.quick else BASE)._replace(
+                **({"batch": n} if along == "samples" else {"context": n} if along == "tokens" else {})
+            )
+            targets = n if along == "targets" else 1
+            arms = {kind: arm("gpt", size, "sgd", kind, options, targets) for kind in ("plain", "assay")}
+            taken = timed(arms, options, share)
+            pairs = list(zip(taken["assay"], taken["plain"], strict=True))
+            added.append(summary([a - p for a, p in pairs])["median"])
+            ratios.append(summary([a / p for a, p in pairs])["median"])
+        numbers = numbers[: len(added)]
+        found.append(
+            {
+                "along": along,
+                "numbers": numbers,
+                "added_seconds": added,
+                "ratio": ratios,
+                **line(numbers, added),
+            }
+        )
+    return found
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """The least-squares line y = intercept + slope · x, and the share of y's variance that it explains."""
+    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
+    intercept = b.mean() - slope * a.mean()
+    left = (b - intercept - slope * a).square().sum()
+    r2 = 1 - left / (b - b.mean()).square().sum().clamp_min(1e-300)
+    return {"slope": float(slope), "intercept": float(intercept), "r2": float(r2)}
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """All tables, each with its share of the time."""
+    found: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    main = QUICK if options.quick else MAIN
+    for optimizer in OPTIMIZERS:
+        arms = {kind: arm("gpt", main, optimizer, kind, options) for kind in ARMS}
+        what = {"table": "main", "family": "gpt", "size": main._asdict(), "optimizer": optimizer}
+        found += rows(timed(arms, options, 0.3 * options.seconds), **what)
+        print(f"{optimizer}: {time.perf_counter() - started:.0f} s", flush=True)
+    for family, size in OTHERS[::3] if options.quick else OTHERS:
+        size = QUICK if options.quick else size
+        arms = {
+            kind: arm(family, size, "sgd", kind, options) for kind in ("plain", "pass", "assay", "direct")
+        }
+        what = {"table": "others", "family": family, "size": size._asdict(), "optimizer": "sgd"}
+        found += rows(timed(arms, options, 0.25 * options.seconds / len(OTHERS)), **what)
+    print(f"other sizes: {time.perf_counter() - started:.0f} s", flush=True)
+    lines = slopes(options, 0.1 * options.seconds / 12)
+    return {"rows": found, "slopes": lines, "took_seconds": round(time.perf_counter() - started)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write the JSON and the page."""
+    parser = argparse.ArgumentParser(prog="performance", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes only to --out")
+    parser.add_argument("--page", action="store_true", help="write the page from the JSON, measure nothing")
+    parser.add_argument(
+        "--seconds", type=float, default=400.0, help="about how long to measure, warm-up not counted"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="of each arm at most")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file (results/performance-DEVICE.json)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.seconds, options.rounds = min(options.seconds, 2.0), min(options.rounds, 3)
+    out = options.out or RESULTS / f"performance-{torch.device(options.device).type}.json"
+    if not options.page:
+        settings = {"seconds": options.seconds, "rounds": options.rounds, "warmup": options.warmup}
+        document = {"machine": overhead.machine(options), "settings": settings, **measure(options)}
+        print(performance_page.page(document))
+        if options.quick and options.out is None:
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.out is None:
+        performance_page.write(json.loads(out.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

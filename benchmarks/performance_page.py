@@ -1,0 +1,171 @@
+"""`docs/performance.md` and its plot, from what `performance.py` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, PLOT = DOCS / "performance.md", DOCS / "performance.svg"
+
+NAMES = {
+    "plain": "plain step", "pass": "and a bare validation pass", "assay": "`path=\"left\"`",
+    "assay left@4": "`path=\"left\"`, `refresh=4`", "assay trapezoid": "`path=\"trapezoid\"`",
+    "assay simpson": "`path=\"simpson\"`", "assay hessian": "`path=\"hessian\"`",
+    "record 16": "recording embeddings, rank 16", "record 64": "recording embeddings, rank 64",
+    "direct": "direct: one sample at a time", "func": "`torch.func`: per-sample gradients",
+}  # fmt: skip
+
+HEAD = """# Performance
+
+What values cost beside a training step: a forward and backward pass, the optimizer's step. All arms of a table run in
+one process, one step of each per round in an order that rotates; a ratio is taken within a round, to the plain step of
+the same optimizer. Figures are medians, with quartiles in brackets. `python benchmarks/performance.py` makes this page
+anew; `assay bench overhead` measures sizes of your choice, with memory, and `assay bench calibrate` fits the choice
+between contractions to your machine.
+
+The floor of the first order is the validation pass, one gradient of the target's loss per step; `refresh=k` takes it
+every k-th step only ([what the account then says](what-the-number-means.md)). Nothing here is from a GPU.
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def spread(found: dict[str, float], sign: str = "") -> str:
+    """Median and quartiles."""
+    middle, low, high = (
+        format(found[key], f"{sign}.2f") for key in ("median", "lower_quartile", "upper_quartile")
+    )
+    return f"{middle} ({low} to {high})"
+
+
+def size_of(row: dict[str, Any]) -> str:
+    """B, T, d and layers."""
+    return "B {batch}, T {context}, d {width}, {layers} layers".format(**row["size"])
+
+
+def main_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Every arm on the main size, by optimizer."""
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    found = {(row["optimizer"], row["arm"]): row for row in rows}
+    names = {"sgd": "SGD", "adamw": "AdamW"}
+    head = [
+        "",
+        *(f"{names[o]}: ratio" for o in optimizers),
+        *(f"{names[o]}: above the bare pass" for o in optimizers),
+    ]
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        ratios = [spread(found[o, arm]["ratio"]) if arm != "plain" else "1" for o in optimizers]
+        above = [
+            "" if arm in ("plain", "pass") else spread(found[o, arm]["above_pass"], "+") for o in optimizers
+        ]
+        lines.append([NAMES[arm], *ratios, *above])
+    return table(head, lines)
+
+
+def others_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The first order on other models and sizes."""
+    lines = []
+    for key in dict.fromkeys((row["family"], size_of(row)) for row in rows):
+        found = {row["arm"]: row for row in rows if (row["family"], size_of(row)) == key}
+        first, direct = found["assay"], found["direct"]
+        lines.append(
+            [key[0], key[1], spread(found["pass"]["ratio"]), spread(first["ratio"]), spread(first["above_pass"], "+"),
+             spread(direct["ratio"])]
+        )  # fmt: skip
+    head = ["blocks", "size", "bare pass", '`path="left"`', "above the bare pass", "one sample at a time"]
+    return table(head, lines)
+
+
+def slopes_table(slopes: Sequence[dict[str, Any]]) -> str:
+    """What the first order adds over samples, tokens and targets."""
+    lines = []
+    for found in slopes:
+        points = ", ".join(
+            f"{n}: {1e3 * added:.1f}"
+            for n, added in zip(found["numbers"], found["added_seconds"], strict=True)
+        )
+        lines.append(
+            [
+                found["along"],
+                points,
+                f"{1e3 * found['slope']:.3f}",
+                f"{1e3 * found['intercept']:.1f}",
+                f"{found['r2']:.3f}",
+            ]
+        )
+    return table(["along", "milliseconds added", "per one more", "fixed", "R²"], lines)
+
+
+def slower_than_direct(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The configurations in which the first order takes longer than one sample at a time."""
+    found = {(row["table"], row["family"], size_of(row), row["optimizer"], row["arm"]): row for row in rows}
+    return [
+        f"{key[1]}, {key[2]}, {key[3]}"
+        for key, row in found.items()
+        if key[-1] == "assay" and row["seconds"]["median"] > found[(*key[:-1], "direct")]["seconds"]["median"]
+    ]
+
+
+def page(document: dict[str, Any] | None) -> str:
+    """The page; without its tables where nothing was measured."""
+    if document is None:
+        return HEAD + "\nNothing was measured with this version yet.\n"
+    rows = document["rows"]
+    main = [row for row in rows if row["table"] == "main"]
+    slower = slower_than_direct(rows)
+    verdict = f"Slower than one sample at a time: {'; '.join(slower)}." if slower else (
+        "In no configuration is the first order slower than a loop over single samples."
+    )  # fmt: skip
+    machine = document["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
+    parts = [
+        HEAD,
+        f"## Every path\n\nA GPT of {size_of(main[0])}, one held-out sequence.\n",
+        main_table(main),
+        "![Time of each arm over the plain step](performance.svg)\n",
+        "## Other models and sizes\n\nSGD, blocks of GPT-2 and Llama with random weights.\n",
+        others_table([row for row in rows if row["table"] == "others"]),
+        verdict + "\n",
+        "## Over samples, tokens and targets\n\nWhat `path=\"left\"` adds to the plain step, its validation pass "
+        "with it, and the least-squares line through that.\n",
+        slopes_table(document["slopes"]),
+        f"`python benchmarks/performance.py` · {where} · {document['took_seconds']} s\n",
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def plot(document: dict[str, Any]) -> str:
+    """Horizontal bars: the median ratio of each arm under each optimizer, with its quartiles."""
+    rows = [row for row in document["rows"] if row["table"] == "main" and row["arm"] != "plain"]
+    top = max(row["ratio"]["upper_quartile"] for row in rows)
+    x = lambda ratio: 250 + 430 * ratio / top  # noqa: E731
+    height = 40 + 18 * len(rows)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="720" height="{height}" fill="white"/>',
+    ]
+    for n, row in enumerate(rows):
+        y, ratio = 20 + 18 * n, row["ratio"]
+        colour = "#4878a8" if row["optimizer"] == "sgd" else "#c87838"
+        name = NAMES[row["arm"]].replace("`", "").replace('"', "")
+        parts += [
+            f'<text x="242" y="{y + 11}" text-anchor="end">{name}, {row["optimizer"]}</text>',
+            f'<rect x="250" y="{y}" width="{x(ratio["median"]) - 250:.1f}" height="13" fill="{colour}"/>',
+            f'<path d="M{x(ratio["lower_quartile"]):.1f} {y + 6.5}H{x(ratio["upper_quartile"]):.1f}" stroke="black"/>',
+        ]
+    parts.append(f'<path d="M{x(1):.1f} 14V{height - 16}" stroke="black" stroke-dasharray="3 3"/>')
+    parts.append(f'<text x="{x(1):.1f}" y="{height - 4}" text-anchor="middle">plain step</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def write(document: dict[str, Any]) -> None:
+    """The page and its plot."""
+    PAGE.write_text(page(document), encoding="utf-8")
+    PLOT.write_text(plot(document), encoding="utf-8")

@@ -1,0 +1,149 @@
+"""The constants of the contractions' cost model, measured on this machine and kept for the runs that follow.
+
+For some linear layers the plain weight-gradient product, the batched form (with blocks of several sizes) and the
+directional form are timed in turn. What a form adds to the plain product, over the work that it adds, gives a constant
+per layer; the median is kept, and the block size whose added time over all layers is least. They go into
+`contraction.json` in the configuration folder (`$ASSAY_CONFIG`, or `$XDG_CONFIG_HOME/assay`, or `~/.config/assay`),
+by kind of device, with a description of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assay.capture import contraction
+from assay.capture.contraction import SHIPPED, CostModel, per_sample_products
+from assay.capture.layout import Layout
+from assay.errors import AssayWarning
+
+__all__ = ["LAYERS", "QUICK", "calibrated", "keep", "measure", "place"]
+
+Layer = tuple[int, int, int, int]  # B, T, d, p
+LAYERS: Sequence[Layer] = [
+    (16, 256, 384, 384), (16, 256, 384, 1536), (16, 256, 1536, 384), (8, 512, 768, 768), (16, 64, 384, 1536),
+    (32, 16, 384, 384), (64, 4, 256, 256), (64, 1, 784, 512),
+]  # fmt: skip
+QUICK: Sequence[Layer] = [(4, 64, 64, 64), (64, 1, 64, 64)]
+BLOCKS = tuple(size << 20 for size in (2, 5, 10, 20, 40))
+
+
+def place() -> Path:
+    """The file that the constants are kept in."""
+    own = os.environ.get("ASSAY_CONFIG")
+    base = Path(own) if own else Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "assay"
+    return base.expanduser() / "contraction.json"
+
+
+def calibrated(device_type: str) -> CostModel | None:
+    """The constants that were measured for a kind of device; None, with a warning, where they cannot be used."""
+    file = place()
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["devices"].get(device_type)
+        return None if found is None else _validated(found["constants"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{file} holds no constants that can be used ({type(error).__name__}: {error}); those that are shipped are "
+            "taken. Run `assay bench calibrate` again, or remove the file.",
+            AssayWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _validated(constants: dict[str, Any]) -> CostModel:
+    names = {field.name for field in fields(CostModel)}
+    if set(constants) != names:
+        raise ValueError(f"expected {', '.join(sorted(names))}")
+    for name, value in constants.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is no number")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be above 0")
+    whole = {name: int(constants[name]) for name in ("kept_bytes", "block_bytes")}
+    return CostModel(**{**constants, **whole})
+
+
+def keep(measured: CostModel, device: torch.device) -> Path:
+    """Write the constants of a device, beside those of others, in one piece."""
+    file = place()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        devices = dict(json.loads(file.read_text(encoding="utf-8"))["devices"])
+    except (OSError, ValueError, KeyError, TypeError):
+        devices = {}
+    machine = {
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    devices[device.type] = {"constants": asdict(measured), "machine": machine}
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({"devices": devices}, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+    contraction.cost_model.cache_clear()
+    contraction.batched_is_cheaper.cache_clear()
+    return file
+
+
+def measure(device: torch.device, layers: Sequence[Layer] = LAYERS, rounds: int = 9) -> CostModel:
+    """Time every form of every layer in turn; `rounds` timed ones after two to warm up."""
+    shipped = SHIPPED.get(device.type, SHIPPED["cuda"])
+    added: dict[int, float] = dict.fromkeys(BLOCKS, 0.0)
+    by_layer: list[tuple[Layer, dict[Any, float]]] = []
+    for layer in layers:
+        seconds = _seconds(_forms(layer, device, shipped), device, rounds)
+        by_layer.append((layer, seconds))
+        for block in BLOCKS:
+            added[block] += max(seconds[block] - seconds["plain"], 0.0)
+    block = min(BLOCKS, key=lambda size: added[size])
+    entries, flops = [], []
+    for (batch, positions, d, p), seconds in by_layer:
+        entries.append(max(seconds[block] - seconds["plain"], 1e-9) / (batch * p * d))
+        flops.append(max(seconds["directional"] - seconds["plain"], 1e-9) / (2 * batch * positions * p * d))
+    return replace(
+        shipped, per_entry=statistics.median(entries), per_flop=statistics.median(flops), block_bytes=block
+    )
+
+
+def _forms(layer: Layer, device: torch.device, shipped: CostModel) -> dict[Any, Callable[[], Any]]:
+    """The plain product, the directional form, and the batched one by its block size."""
+    batch, positions, d, p = layer
+    a, b = torch.randn(batch, positions, d, device=device), torch.randn(batch, positions, p, device=device)
+    directions, layout = torch.randn(1, p, d, device=device), Layout(0, batch)
+    flat_a, flat_b = a.view(-1, d), b.view(-1, p)
+    forms: dict[Any, Callable[[], Any]] = {
+        "plain": lambda: flat_b.t() @ flat_a,
+        "directional": lambda: (flat_b.t() @ flat_a, per_sample_products(a, b, layout, directions)),
+    }
+    for size in BLOCKS:
+        cost = replace(shipped, block_bytes=size)
+        forms[size] = lambda cost=cost: contraction.batched(a, b, directions, cost)
+    return forms
+
+
+def _seconds(forms: dict[Any, Callable[[], Any]], device: torch.device, rounds: int) -> dict[Any, float]:
+    """Median seconds of each."""
+    taken: dict[Any, list[float]] = {name: [] for name in forms}
+    for number in range(rounds + 2):
+        for name, body in forms.items():
+            start = time.perf_counter()
+            body()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            if number >= 2:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}

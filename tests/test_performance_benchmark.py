@@ -1,0 +1,79 @@
+"""The performance page says what its JSON says, and the two direct methods are what the others are measured against."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import assay
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def performance(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("performance")
+
+
+def test_the_page_is_made_from_the_results(performance: Any) -> None:
+    results = BENCHMARKS / "results" / "performance-cpu.json"
+    document = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    page = performance.performance_page
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(document), (
+        "run benchmarks/performance.py --page"
+    )
+    assert page.PLOT.read_text(encoding="utf-8") == page.plot(document), (
+        "run benchmarks/performance.py --page"
+    )
+
+
+def test_a_line_is_found(performance: Any) -> None:
+    found = performance.line([1, 2, 4], [5.0, 7.0, 11.0])
+    assert found == pytest.approx({"slope": 2.0, "intercept": 3.0, "r2": 1.0})
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_all_arms_measure_the_same_values(performance: Any, family: str) -> None:
+    """One sample at a time, `torch.func` and assay's first order agree, so that their times can be compared."""
+    size = performance.Size(3, 8, 16, 1)
+    make = performance.llama if family == "llama" else lambda s: performance.overhead.build(s, "gpt")[0]
+    loss_fn = performance.overhead.hugging_face_loss if family == "llama" else performance.overhead.lm_loss
+    generator = torch.Generator().manual_seed(3)
+    batch, held_out = (torch.randint(512, (n, 9), generator=generator) for n in (3, 1))
+    model = make(size)
+    directions = [list(torch.autograd.grad(loss_fn(model, held_out), list(model.parameters())))]
+    found = [
+        way(model, loss_fn, batch, directions, lambda: model.zero_grad())[0]
+        for way in (performance.one_by_one, performance.by_functions)
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    method = performance.method("assay", [held_out], loss_fn)
+    with assay.Run(model, optimizer, methods=[method]) as run:
+        with run.step([0, 1, 2]):
+            loss_fn(model, batch).backward()
+        optimizer.step()
+    values = torch.tensor(run.ledger.steps()["value"].to_list(), dtype=torch.float32)
+    for way in found:
+        torch.testing.assert_close(way, values, rtol=1e-4, atol=1e-7)
+
+
+def test_quick(performance: Any, tmp_path: Path) -> None:
+    out = tmp_path / "performance.json"
+    threads = torch.get_num_threads()
+    try:
+        performance.main(["--quick", "--threads", "1", "--warmup", "1", "--out", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    document = json.loads(out.read_text())
+    arms = {(row["optimizer"], row["arm"]) for row in document["rows"] if row["table"] == "main"}
+    assert arms == {(o, a) for o in ("sgd", "adamw") for a in performance.ARMS}
+    assert [found["along"] for found in document["slopes"]] == ["samples", "tokens", "targets"]
+    assert performance.performance_page.page(document).startswith("# Performance")
+    assert Namespace(**document["machine"]).threads == 1

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,7 @@ def _forms(layer: Layer, device: torch.device, shipped: CostModel) -> dict[Any, 
         "directional": lambda: (flat_b.t() @ flat_a, per_sample_products(a, b, layout, directions)),
     }
     for size in BLOCKS:
-        cost = replace(shipped, block_bytes=size)
-        forms[size] = lambda cost=cost: contraction.batched(a, b, directions, cost)
+        forms[size] = partial(contraction.batched, a, b, directions, replace(shipped, block_bytes=size))
     return forms
 
 

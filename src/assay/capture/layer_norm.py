@@ -42,7 +42,7 @@ class ObservedLayerNorm(torch.autograd.Function):
         y, mean, rstd = torch.native_layer_norm(x, list(shape), weight, bias, eps)
         ctx.recorder, ctx.marks, ctx.like, ctx.shape, ctx.batch = recorder, marks, probe, shape, batch
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable

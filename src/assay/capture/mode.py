@@ -37,7 +37,17 @@ from assay.capture.call import (
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors, apart_from
 from assay.capture.layout import Layout
-from assay.capture.marks import CONSTANT, LINEAR, MIXED, Data, Directions, Mark, Weight, derive, rows_looked_up
+from assay.capture.marks import (
+    CONSTANT,
+    LINEAR,
+    MIXED,
+    Data,
+    Directions,
+    Mark,
+    Weight,
+    derive,
+    rows_looked_up,
+)
 from assay.capture.probe import WHOLE, Explain, Observe, ObserveInPlace, Use
 from assay.capture.room import Room
 from assay.capture.rounding import rounded

@@ -213,8 +213,9 @@ def test_gradients_formed_a_sample_at_a_time_are_those_formed_at_once(
     found = []
     for apart in (False, True):
         if apart:
-            one = contraction.CostModel(block_bytes=1)
-            monkeypatch.setattr(contraction, "cost_model", lambda device: one)
+            monkeypatch.setattr(
+                contraction, "cost_model", lambda device: contraction.CostModel(block_bytes=1)
+            )
             monkeypatch.setattr(room, "LARGE", 1)  # memory that one step leaves is the next one's
         shapley = assay.InRunShapley({"one": target}, path="trapezoid", memory=memory)
         model, run = record("adamw", methods=[shapley])

@@ -253,8 +253,8 @@ def test_recorded_gradients_and_snapshots_go_on(
     assert files(broken) == files(whole)
     a, b = assay.open(broken), assay.open(whole)
     assert torch.equal(a.embeddings(segments=2).export(), b.embeddings(segments=2).export())
-    assert a.account().equals(b.account())
-    if close:
+    if close:  # else nothing is valued
+        assert a.account().equals(b.account())
         assert a.steps().equals(b.steps())
 
 

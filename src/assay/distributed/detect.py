@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from assay.distributed.kinds import is_distributed, is_sharded
 from assay.distributed.processes import OneProcess
 from assay.distributed.replicated import Replicated
-from assay.distributed.sharded import Sharded
-from assay.distributed.shards import is_sharded
 from assay.errors import InputError
 
 __all__ = ["parallel_of"]
@@ -40,8 +38,10 @@ def parallel_of(model: Module) -> OneProcess:
     if not dist.is_available():
         return OneProcess(model)
     if is_sharded(model):
+        from assay.distributed.sharded import Sharded
+
         return Sharded(model)
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if any(is_distributed(p) for p in model.parameters()):
         inside = any(is_sharded(module) for module in model.modules())
         raise InputError(
             "Run(model): fully_shard was applied to parts of the model only; apply it to the model itself last."

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
 from assay.capture import contract
 from assay.capture.factors import Factors
 from assay.capture.marks import Directions, Weight
+from assay.distributed.kinds import is_distributed
 from assay.targets import Target, TargetPass
 
 __all__ = ["OneProcess", "local"]
@@ -141,4 +141,4 @@ def local(x: Tensor) -> Tensor:
         >>> local(torch.ones(2))
         tensor([1., 1.])
     """
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_distributed(x) else x  # type: ignore[attr-defined]

@@ -20,8 +20,9 @@ from assay.capture import contract
 from assay.capture.factors import Dense, Factors, Lookup, Outer
 from assay.capture.marks import Directions, Weight
 from assay.distributed.group import Group
+from assay.distributed.kinds import is_sharded
 from assay.distributed.processes import local
-from assay.distributed.shards import cut, gather, groups_of, is_sharded
+from assay.distributed.shards import cut, gather, groups_of
 from assay.errors import InputError
 from assay.targets import Target, TargetPass, undisturbed
 

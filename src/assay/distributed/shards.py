@@ -17,14 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Module, Parameter
 
+from assay.distributed.kinds import is_sharded
 from assay.errors import InputError
 
-__all__ = ["ShardGroup", "groups_of", "is_sharded"]
-
-
-def is_sharded(module: Module) -> bool:
-    """Whether `fully_shard` was applied to a module."""
-    return hasattr(module, "_get_fsdp_state")
+__all__ = ["ShardGroup", "groups_of"]
 
 
 class ShardGroup:

@@ -75,7 +75,12 @@ class RunWriter:
             header = Header(names).merged(info or {})
         else:
             header = cut_header(before, resume, names, info or {})
-        self._overruled = {} if before is None or resume is None else overruled_ids(before, resume)
+        self._overruled: dict[tuple[int, int], list[int | str]] = {}
+        if before is not None and resume is not None:
+            now = (info or {}).get("processes")  # other ones share the samples out in another way
+            self._overruled = (
+                overruled_ids(before, resume) if before.header.info.get("processes") == now else {}
+            )
         self._recording = Recording(path, header, before)
         self._flush_every = self._flush_at = flush_every
         self._flush_seconds = flush_seconds

@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_a_readable_ledger(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert "stopped after" in out
     ledger = assay.open(tmp_path / "run")
-    assert ledger.account("bible").height > 3
+    assert ledger.account("bible").height >= 1  # however slow the machine is
     assert (tmp_path / "run" / "report.html").is_file()
 
 

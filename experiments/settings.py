@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Form", "Settings", "read_settings"]
+__all__ = ["Form", "Settings", "TextSettings", "read_settings"]
 
 Form = Literal["full", "quick", "tiny"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -20,6 +20,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seeds: list[int]
+
+
+class TextSettings(Settings):
+    """What every experiment has that trains a small GPT."""
+
+    vocabulary: int
+    context: int
+    layers: int
+    heads: int
+    width: int
+    passes: int
+    batch: int
+    learning_rate: float
 
 
 S = TypeVar("S", bound=Settings)

@@ -38,26 +38,18 @@ from assay.train.tokenizer import Tokenizer, learn_tokenizer
 from experiments.command import Pieces, run_seeds_as_command
 from experiments.evidence.ladder import losses
 from experiments.evidence.pile import pile
-from experiments.settings import Settings
+from experiments.settings import TextSettings
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 STATUS = Path("/proc/self/status")
 MIB = 2**10  # of the kB that the kernel counts in
 
 
-class CostSettings(Settings):
+class CostSettings(TextSettings):
     """The work, and how often it is measured."""
 
     documents: int
     queries: int
-    vocabulary: int
-    context: int
-    layers: int
-    heads: int
-    width: int
-    passes: int
-    batch: int
-    learning_rate: float
     rank: int
     rounds: int
     slopes: bool

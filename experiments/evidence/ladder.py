@@ -35,7 +35,7 @@ from assay.train.batches import make_batch, make_rows
 from assay.train.tokenizer import learn_tokenizer
 from experiments.command import Pieces, run_seeds_as_command
 from experiments.evidence.pile import pile
-from experiments.settings import Settings
+from experiments.settings import TextSettings
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 VERSES = Path(__file__).parents[3] / "shared" / "data" / "paraphrase.parquet"
@@ -43,7 +43,7 @@ RUNGS = ("verbatim", "light", "heavy", "same topic")
 RECALLED = (1, 10)
 
 
-class LadderSettings(Settings):
+class LadderSettings(TextSettings):
     """Documents, the model, its training, and the methods' own."""
 
     originals: int
@@ -51,14 +51,6 @@ class LadderSettings(Settings):
     others: int
     light: float
     heavy: float
-    vocabulary: int
-    context: int
-    layers: int
-    heads: int
-    width: int
-    passes: int
-    batch: int
-    learning_rate: float
     rank: int
     damping: float
 

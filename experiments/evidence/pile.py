@@ -18,26 +18,18 @@ import assay
 from assay.demo.gpt import GPT, IGNORED, GPTConfig
 from assay.train.batches import Batch, make_batch, make_rows
 from assay.train.tokenizer import learn_tokenizer
-from experiments.settings import Settings
+from experiments.settings import TextSettings
 
 PILE = Path(__file__).parents[3] / "shared" / "data" / "minipile.parquet"
 HEAD = 400  # characters of a document that are read: more than a row's tokens take
 
 
-class PileSettings(Settings):
+class PileSettings(TextSettings):
     """Documents of each domain, the model, its training, and how it is watched."""
 
     documents: int
     target_documents: int
     test_documents: int
-    vocabulary: int
-    context: int
-    layers: int
-    heads: int
-    width: int
-    passes: int
-    batch: int
-    learning_rate: float
     warmup: float
     weight_decay: float
     clip: float

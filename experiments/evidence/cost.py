@@ -36,8 +36,7 @@ from assay.evaluate.task import SubsetLoop, Task
 from assay.train.batches import make_batch, make_rows
 from assay.train.tokenizer import Tokenizer, learn_tokenizer
 from experiments.command import Pieces, run_seeds_as_command
-from experiments.evidence.ladder import losses
-from experiments.evidence.pile import pile
+from experiments.evidence.pile import pile, row_losses
 from experiments.settings import TextSettings
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -122,8 +121,8 @@ def task_of(
     config = GPTConfig(tokenizer.size, settings.context, settings.layers, settings.heads, settings.width)
     data = pair(texts)
     training = SubsetTraining(adamw, epochs=settings.passes, batch=settings.batch)
-    loop = SubsetLoop(lambda: GPT(config), losses, data, training, seed)
-    return Task(losses, data, pair(asked), loop, together=together, texts=(texts, asked))
+    loop = SubsetLoop(lambda: GPT(config), row_losses, data, training, seed)
+    return Task(row_losses, data, pair(asked), loop, together=together, texts=(texts, asked))
 
 
 def seconds_of(work: Callable[[], object], rounds: int) -> float:

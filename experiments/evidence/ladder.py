@@ -13,9 +13,8 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from assay.demo.gpt import GPT, IGNORED, GPTConfig
+from assay.demo.gpt import GPT, GPTConfig
 from assay.evaluate.baselines import (
     BM25,
     Cosine,
@@ -34,7 +33,7 @@ from assay.methods import InRunShapley
 from assay.train.batches import make_batch, make_rows
 from assay.train.tokenizer import learn_tokenizer
 from experiments.command import Pieces, run_seeds_as_command
-from experiments.evidence.pile import pile
+from experiments.evidence.pile import pile, row_losses
 from experiments.settings import TextSettings
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -131,13 +130,6 @@ def climb(settings: LadderSettings, seed: int) -> Ladder:
     return Ladder([*(kjv[n] for n in verses), *others["text"]], queries, rungs, originals)
 
 
-def losses(model: GPT, rows: tuple[Tensor, Tensor]) -> Tensor:
-    """`[B]`: each row's mean cross-entropy over its tokens."""
-    tokens, targets = rows
-    each = F.cross_entropy(model(tokens).transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return each.sum(1) / (targets != IGNORED).sum(1)
-
-
 def task_of(settings: LadderSettings, ladder: Ladder, seed: int) -> Task:
     """The same as a task: a small GPT trained from nothing on the documents."""
     tokenizer = learn_tokenizer(ladder.documents, settings.vocabulary)
@@ -153,8 +145,8 @@ def task_of(settings: LadderSettings, ladder: Ladder, seed: int) -> Task:
         return torch.optim.AdamW(params, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
 
     training = SubsetTraining(adamw, epochs=settings.passes, batch=settings.batch)
-    loop = SubsetLoop(lambda: GPT(config), losses, data, training, seed)
-    return Task(losses, data, queries, loop, texts=(ladder.documents, ladder.queries))
+    loop = SubsetLoop(lambda: GPT(config), row_losses, data, training, seed)
+    return Task(row_losses, data, queries, loop, texts=(ladder.documents, ladder.queries))
 
 
 PATHS = {"left": "first order", "trapezoid": "second order, trapezoid", "hessian": "second order, Hessian"}

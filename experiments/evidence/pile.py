@@ -114,14 +114,19 @@ def loss_fn(model: GPT, batch: Batch) -> Tensor:
     return loss
 
 
+def row_losses(model: GPT, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """`[B]`: each row's mean cross-entropy over its tokens."""
+    tokens, targets = rows
+    each = F.cross_entropy(model(tokens).transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return each.sum(1) / (targets != IGNORED).sum(1)
+
+
 @torch.no_grad()
 def losses(model: GPT, batch: Batch) -> Tensor:
     """`[documents]`: mean cross-entropy over the tokens of each."""
     found = []
     for part in torch.arange(len(batch.tokens)).split(64):  # type: ignore[no-untyped-call]
-        logits = model(batch.tokens[part]).transpose(1, 2)  # [B, V, T]
-        each = F.cross_entropy(logits, batch.targets[part], ignore_index=IGNORED, reduction="none")
-        found.append(each.sum(1) / (batch.targets[part] != IGNORED).sum(1))
+        found.append(row_losses(model, (batch.tokens[part], batch.targets[part])))
     return torch.cat(found)
 
 

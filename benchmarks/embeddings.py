@@ -44,6 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "embeddings.md"
 RANK = 16  # of the post-pass
+SLOW = 1e-7  # learning rate of the recording that is repeated: the product of I − K H stays finite over any length
 FORMS = (("fisher", 16), ("fisher", 64), ("ggn", 16))  # curvature and rank of the recordings
 
 
@@ -78,10 +79,14 @@ def tokens_of(size: Any, seed: int = 1) -> Tensor:
     return torch.randint(overhead.VOCABULARY, (size.batch, size.context + 1), generator=generator)
 
 
-def arm(size: Any, optimizer: str, kind: str, folder: Path, rank: int = RANK) -> Callable[[], None]:
+def arm(
+    size: Any, optimizer: str, kind: str, folder: Path, rank: int = RANK, lr: float | None = None
+) -> Callable[[], None]:
     """One training step of that kind ("plain", or the curvature that is recorded), on a model of its own."""
     model, _ = overhead.build(size, "gpt")
     opt, batch = overhead.OPTIMIZERS[optimizer](model), tokens_of(size)
+    for group in opt.param_groups:
+        group["lr"] = group["lr"] if lr is None else lr
 
     def plain() -> None:
         lm_logits_loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -153,7 +158,7 @@ def recording_of(size: Any, steps: int, out: Path) -> None:
     short = out.with_name("short")
     if not short.exists():
         inner = short.with_name("made")
-        step = arm(size, "adamw", "fisher", inner)
+        step = arm(size, "adamw", "fisher", inner, lr=SLOW)
         for _ in range(8):
             step()
         step.run.close()  # type: ignore[attr-defined]

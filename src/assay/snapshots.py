@@ -146,12 +146,37 @@ def snapshot_settings(value: object) -> Snapshots | None:
         return value
     if isinstance(value, int):
         return Snapshots(every=value)
+    budget = _bytes(value)
+    if budget is None:
+        raise InputError(
+            f"snapshots={value!r} is not known; give 'auto', a number of steps, or a budget as '2 GB'."
+        )
+    return Snapshots(budget=budget)
+
+
+def bytes_of(value: int | str, what: str) -> int:
+    """A size in bytes.
+
+    Args:
+        value: a number, or such as "2 GB".
+        what: the argument that it was given for, for the error.
+
+    Raises:
+        InputError: neither.
+
+    Example:
+        >>> bytes_of("2 GB", "graphs"), bytes_of(0, "graphs")
+        (2000000000, 0)
+    """
+    size = value if isinstance(value, int) and not isinstance(value, bool) else _bytes(value)
+    if size is None or size < 0:
+        raise InputError(f"{what}: {value!r} is no size; give a number of bytes, or such as '2 GB'.")
+    return size
+
+
+def _bytes(value: object) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b)\s*", str(value).lower())
-    if match and isinstance(value, str):
-        return Snapshots(budget=int(float(match[1]) * _UNITS[match[2]]))
-    raise InputError(
-        f"snapshots={value!r} is not known; give 'auto', a number of steps, or a budget as '2 GB'."
-    )
+    return int(float(match[1]) * _UNITS[match[2]]) if match and isinstance(value, str) else None
 
 
 class SnapshotSession:

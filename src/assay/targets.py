@@ -15,7 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.errors import InputError
 
-__all__ = ["Target", "TargetPass", "undisturbed", "without_reentrant_checkpoints"]
+__all__ = [
+    "Target",
+    "TargetPass",
+    "refuse_delayed_errors",
+    "undisturbed",
+    "without_reentrant_checkpoints",
+]
 
 
 class Target:
@@ -107,7 +113,7 @@ class TargetPass:
             return [torch.zeros_like(p) for p in self.params]
         along = torch.stack(slopes).sum()
         if not self._twice:
-            _refuse_delayed_errors(along)
+            refuse_delayed_errors([along])
             self._twice = True
         curved = torch.autograd.grad(along, self.params, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, curved, strict=True)]
@@ -169,14 +175,14 @@ def _eagerly() -> Iterator[None]:
         yield
 
 
-def _refuse_delayed_errors(root: Tensor) -> None:
+def refuse_delayed_errors(roots: Sequence[Tensor]) -> None:
     """Raise what autograd would pass over in silence: an operation whose derivative was declared final.
 
     `once_differentiable` leaves a node that raises when it is run; asked for the gradient of given inputs, autograd
     does not run it, and returns a Hessian product that lacks the operation.
     """
     seen = set()
-    open_nodes = [root.grad_fn]
+    open_nodes = [root.grad_fn for root in roots]
     while open_nodes:
         node = open_nodes.pop()
         if node is None or node in seen:

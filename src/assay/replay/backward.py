@@ -30,6 +30,7 @@ from assay.replay.clipping import Clipping, recorded_clipping
 from assay.replay.curvature import Curvature
 from assay.replay.flat import Flat, Span
 from assay.replay.forward import Batches, Forward, Loss, Stash
+from assay.replay.graphs import Graphs
 from assay.replay.optimizers import Vectors, adjoint_of
 from assay.replay.optimizers.base import WEIGHTS
 from assay.replay.state import Progress, ProgressFiles
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["AdjointOptions", "Backward", "Queries", "adjoint", "clipping_of", "start_of", "targets_of"]
 
 Queries = Sequence[Any] | Mapping[str, Target]
+GRAPHS = "2 GB"  # of graphs that are kept
 BLOCK = 1 << 15  # entries of a vector that the optimizer's adjoint takes at a time
 
 
@@ -57,6 +59,8 @@ class AdjointOptions(TypedDict, total=False):
         outputs: for "ggn", the name of the module whose output the loss is a function of; the model itself by default.
         clip: the norm that gradients were clipped to, or None; "recorded" reads from the run's log what was done.
         exclude: names of parameters whose per-sample gradients are left out of the values.
+        graphs: memory for graphs of gradients that are kept from the replay of their step until its turn comes on the
+            way back, which saves that step a pass: bytes, or such as "2 GB", the default; 0 keeps none.
         progress: called after each segment with how many steps are done, and how many there are.
     """
 
@@ -67,6 +71,7 @@ class AdjointOptions(TypedDict, total=False):
     outputs: str | None
     clip: float | Literal["recorded"] | None
     exclude: Sequence[str]
+    graphs: int | str
     progress: Callable[[int, int], None] | None
 
 
@@ -95,9 +100,10 @@ def adjoint(
         forward.restore(trajectory.end)
         start = start_of(model, forward.flat, queries, options.get("query_loss") or loss_fn)
         kept = ProgressFiles(folder, settings, start)
-        backward = Backward(
-            forward, Curvature(model, forward.flat, loss_fn, curvature, outputs, exclude), chosen
-        )
+        curved = Curvature(model, forward.flat, loss_fn, curvature, outputs, exclude)
+        graphs = Graphs(curved, options.get("graphs", GRAPHS), min(chosen))
+        backward = Backward(forward, curved, chosen, graphs)
+        backward.compare(start)
         state = kept.read(start.device) or Progress(trajectory.end, backward.begin(start), {})
         for begin, end in trajectory.segments(min(chosen)):
             if end > state.step:
@@ -117,11 +123,24 @@ class Backward:
         forward: replays the segments.
         curvature: of the training loss.
         chosen: the steps whose samples are valued; none before the first of them is visited.
+        graphs: says which steps' gradients keep their graphs.
     """
 
-    def __init__(self, forward: Forward, curvature: Curvature, chosen: frozenset[int]) -> None:
-        self.forward, self.curvature, self.chosen = forward, curvature, chosen
+    def __init__(
+        self, forward: Forward, curvature: Curvature, chosen: frozenset[int], graphs: Graphs
+    ) -> None:
+        self.forward, self.curvature, self.chosen, self.graphs = forward, curvature, chosen, graphs
         self.first = min(chosen)
+
+    def compare(self, start: Tensor) -> None:
+        """Let the curvature find its way on the last step's data, at the weights that are there.
+
+        Before the first segment, so that an adjoint that goes on where one was killed does the same as that one.
+        """
+        records = [r for t, r in sorted(self.forward.trajectory.records.items()) if not r.skipped]
+        if records and records[-1].step > self.first:
+            ids, batch = self.forward.batches_of(records[-1])[0]
+            self.curvature(batch, len(ids), records[-1].random[0], start[:1])
 
     def begin(self, start: Tensor) -> Vectors:
         """Adjoints at the end of training."""
@@ -129,7 +148,8 @@ class Backward:
 
     def segment(self, begin: int, end: int, state: Progress) -> list[int]:
         """Take the state from the end of a segment to its beginning; the steps that were valued."""
-        stashes = [s for s in self.forward.segment(begin, end) if s is not None]
+        replayed = self.forward.segment(begin, end, graphs=self.graphs)
+        stashes = [stash for stash in replayed if stash is not None]
         fresh = []
         while stashes:
             stash = stashes.pop()  # its memory goes as soon as it is done
@@ -172,7 +192,10 @@ class Backward:
             of_g = stash.share * of_g
         values, losses = [], []
         for (ids, batch), random in zip(stash.batches, stash.record.random, strict=True):
-            seen = self.curvature(batch, len(ids), random, of_g, products)
+            if stash.taken:
+                seen = self.curvature.resume(stash.taken.pop(0), of_g)
+            else:
+                seen = self.curvature(batch, len(ids), random, of_g, products)
             values.append(-seen.scores)
             losses.append(seen.loss)
             if seen.products is not None:

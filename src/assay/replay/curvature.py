@@ -12,27 +12,21 @@ has none, gradients at two near-by points are differenced instead, and a warning
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from assay.capture import Coverage, Weights
-from assay.capture.check import check_capture
-from assay.capture.fallback import Boundary
 from assay.errors import AssayWarning, InputError
 from assay.replay.flat import Flat
+from assay.replay.gradient import Gradients, Taken
 from assay.replay.links import entries, links
-from assay.replay.twice import TwiceCapture
-from assay.snapshots import RandomState, set_random_state
-from assay.targets import without_reentrant_checkpoints
+from assay.snapshots import RandomState
+from assay.targets import refuse_delayed_errors
 
 __all__ = ["Curvature", "Seen"]
 
@@ -90,11 +84,9 @@ class Curvature:
             raise InputError(f"adjoint(outputs={outputs!r}): the model has no module of that name.")
         self.model, self.flat, self.loss_fn, self.kind = model, flat, loss_fn, kind
         self.outputs = modules[outputs] if outputs else model
-        named = [(n, p) for n, p in zip(flat.names, flat.params, strict=True) if n not in exclude]
-        self.weights = Weights(named, dict.fromkeys(flat.params, 0), model.buffers())
-        self.coverage = Coverage(self.weights.names)
-        self._checked = self._differenced = self._looped = self._roots_seen = False
-        self._verified = False
+        self.gradients = Gradients(model, flat, loss_fn, exclude)
+        self.held = 0  # bytes of the graph of the last gradient that was compared
+        self._differenced = self._looped = self._roots_seen = self._verified = False
         self._linked: bool | None = None  # whether the short way is right for this model; not known yet
 
     def __call__(
@@ -140,14 +132,16 @@ class Curvature:
             except RuntimeError:  # a rule that cannot be differentiated, not an operation
                 if self._linked:
                     raise
+            if short is None:
                 self._linked = False
-            if short is not None and self._linked:
+            elif self._linked:
                 return short
-        compared = of_g if short is None or short.products is None else of_g[:1]
+        compared = of_g if short is None else of_g[:1]
         seen, found = self._watched(batch, rows, random, compared, twice=True)
         seen.products = self._differentiate(found, compared)
-        if short is None or short.products is None:
+        if short is None:
             return seen
+        assert short.products is not None
         apart = float((short.products[:1] - seen.products).norm())
         self._linked = apart <= LINKED.get(of_g.dtype, 3e-2) * float(seen.products.norm())
         return short if self._linked else self._twice(batch, rows, random, of_g)
@@ -168,29 +162,51 @@ class Curvature:
                 f"an operation's own second derivative is off by {apart / size:.0%}, as that of torch's weight_norm is"
             )
 
-    def _short(self, batch: Any, rows: int, random: RandomState, of_g: Tensor) -> Seen:
-        """H λ_g as the gradient of the samples' inner products: no weight gradient is formed.
+    def _short(self, batch: Any, rows: int, random: RandomState, of_g: Tensor) -> Seen | None:
+        """H λ_g as the gradient of the samples' inner products: no weight gradient is formed. None: not this model."""
+        taken = self.gradients.take(
+            batch, rows, random, twice=True, of_weights=False, held=self._linked is None
+        )
+        if self.gradients.weights.uncovered:  # measured at the model's boundary: they leave no uses
+            return None
+        self.held = max(self.held, taken.held)
+        return self._along(taken, of_g)
 
-        The forward pass and the gradient are shared by all queries. The products go through the graph one query at a
-        time where the machine is full with one, and together where a pass is mostly overhead.
+    def keep(self, batch: Any, rows: int, random: RandomState) -> Taken:
+        """The gradient with its graph, for `resume`; only where `keeps` says so."""
+        return self.gradients.take(batch, rows, random, twice=True, held=True)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether graphs can be kept: the short way is known to be right for this model."""
+        return self._linked is True and not self._differenced
+
+    def resume(self, taken: Taken, of_g: Tensor) -> Seen:
+        """What a call gives, from a gradient that was kept; the parameters have its step's values again."""
+        return self._along(taken, of_g)
+
+    def _along(self, taken: Taken, of_g: Tensor) -> Seen:
+        """The forward pass and the gradient are shared by all queries.
+
+        The products go through the graph one query at a time where the machine is full with one, and together where a
+        pass is mostly overhead.
         """
-        capture, loss, (probe,), boundary = self._pass(batch, rows, random, of_g, True, weights=False)
-        seen = self._seen(capture, loss, probe, boundary)
+        uses = taken.capture.put_aside
+        scores = taken.scores().new_zeros(len(of_g), taken.capture.batch)
         directions = dict(zip(self.flat.params, self.flat.split(of_g), strict=True))
-        together = self._together(len(of_g) * entries(capture.put_aside), of_g)
+        together = self._together(len(of_g) * entries(uses), of_g)
         size = len(of_g) if together else 1
         products = []
         for start in range(0, len(of_g), size):
             part = slice(start, start + size)
-            some = {p: directions[p][part] for p in self.weights.params}
-            found = links(capture.put_aside, some, seen.scores[part])
-            seen.scores[part] += found.scores
+            some = {p: directions[p][part] for p in self.gradients.weights.params}
+            found = links(uses, some, scores[part])
+            scores[part] += found.scores
             curved = self._batched(found.roots, self.flat.params, found.slopes, start + size < len(of_g))
             products.append(self.flat.join_rows(curved, size))
             del found
-        capture.put_aside.clear()  # its graph leads back to the capture: nothing else would end that circle
-        seen.products = products[0] if len(products) == 1 else torch.cat(products)
-        return seen
+        taken.close()
+        return Seen(products[0] if len(products) == 1 else torch.cat(products), scores, taken.loss)
 
     def _together(self, entries: int, like: Tensor) -> bool:
         """Whether a tensor of so many entries is small enough that passes of several queries share their overhead."""
@@ -200,51 +216,10 @@ class Curvature:
         self, batch: Any, rows: int, random: RandomState, of_g: Tensor, twice: bool
     ) -> tuple[Seen, list[Tensor | None]]:
         """The per-sample inner products, and the gradient that they came with."""
-        capture, loss, (*found, probe), boundary = self._pass(batch, rows, random, of_g, twice)
-        return self._seen(capture, loss, probe, boundary), found
-
-    def _pass(
-        self, batch: Any, rows: int, random: RandomState, of_g: Tensor, twice: bool, weights: bool = True
-    ) -> tuple[TwiceCapture, Tensor, list[Tensor | None], Boundary]:
-        """A forward and backward pass under the capture: gradients of the weights, if wanted, and of the probe."""
         directions = dict(zip(self.flat.params, self.flat.split(of_g), strict=True))
-        watched = {p: directions[p] for p in self.weights.params}
-        capture = TwiceCapture(self.weights, rows, watched, strict=True, coverage=self.coverage)
-        capture.linked = not weights
-        hook = self.model.register_forward_pre_hook(
-            lambda _, args, kwargs: self._see_input(capture, args, kwargs), with_kwargs=True
-        )
-        inputs = [*(self.flat.params if weights else ()), capture.probe]
-        try:
-            with self._surroundings(random), Boundary(self.model, self.weights, capture) as boundary, capture:
-                loss = self.loss_fn(self.model, batch)
-                found = torch.autograd.grad(loss, inputs, create_graph=twice, allow_unused=True)
-        finally:
-            hook.remove()
-            capture.measuring = False
-        return capture, loss, list(found), boundary
-
-    def _seen(self, capture: TwiceCapture, loss: Tensor, probe: Tensor | None, boundary: Boundary) -> Seen:
-        capture.probe.grad = None if probe is None else probe.detach()
-        scores = boundary.finish()
-        if scores is None:
-            raise InputError("adjoint(loss_fn): it did not use the model, or its loss has no gradient.")
-        return Seen(None, scores.detach().sum(0), loss.detach())
-
-    def _see_input(self, capture: TwiceCapture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The samples are the rows of the model's inputs; once, the start-up check finds what needs a fallback."""
-        if capture.paused:
-            return
-        for tensor in tree_leaves((args, dict(kwargs))):
-            if isinstance(tensor, Tensor):
-                capture.enter(tensor)
-        if not self._checked and capture.batch > 1:
-            self._checked = True
-            capture.paused = True
-            try:
-                check_capture(self.model, args, kwargs, self.weights, capture.batch, self.coverage)
-            finally:
-                capture.paused = False
+        along = {p: directions[p] for p in self.gradients.weights.params}
+        taken = self.gradients.take(batch, rows, random, along, twice=twice)
+        return Seen(None, taken.scores(), taken.loss), taken.of_weights
 
     def _differentiate(self, found: Sequence[Tensor | None], of_g: Tensor) -> Tensor:
         """`[queries, P]`: the gradient differentiated along λ_g, all queries in one pass where that is possible."""
@@ -254,7 +229,7 @@ class Curvature:
             return torch.zeros_like(of_g)
         roots = [g for g, _ in pairs]
         if not self._roots_seen:
-            _refuse_delayed_errors(roots)
+            refuse_delayed_errors(roots)
             self._roots_seen = True
         return self.flat.join_rows(
             self._batched(roots, self.flat.params, [d.to(g.dtype) for g, d in pairs]), len(of_g)
@@ -299,7 +274,7 @@ class Curvature:
 
         hook = self.outputs.register_forward_hook(look)
         try:
-            with self._surroundings(random):
+            with self.gradients.surroundings(random):
                 loss = self.loss_fn(self.model, batch)
         finally:
             hook.remove()
@@ -342,7 +317,7 @@ class Curvature:
                 ends = []
                 for sign in (1, -1):
                     self.flat.put(start + sign * h * direction)
-                    with self._surroundings(random):
+                    with self.gradients.surroundings(random):
                         loss = self.loss_fn(self.model, batch)
                     ends.append(
                         self.flat.join(torch.autograd.grad(loss, self.flat.params, allow_unused=True))
@@ -351,32 +326,6 @@ class Curvature:
         finally:
             self.flat.put(start)
         return torch.stack(rows)
-
-    @contextmanager
-    def _surroundings(self, random: RandomState) -> Iterator[None]:
-        """The generators as in the run; eager code and kernels that have second derivatives."""
-        set_random_state(random)
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(without_reentrant_checkpoints())
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-
-
-def _refuse_delayed_errors(roots: Sequence[Tensor]) -> None:
-    """Raise what autograd would pass over in silence: an operation whose derivative was declared final."""
-    seen: set[Any] = set()
-    stack = [root.grad_fn for root in roots]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise NotImplementedError("an operation is marked once_differentiable")
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
 
 
 def _no_second_derivative(error: Exception) -> bool:

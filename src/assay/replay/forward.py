@@ -18,6 +18,8 @@ from assay.errors import InputError
 from assay.replay.check import Check
 from assay.replay.clipping import Clipping
 from assay.replay.flat import Flat, Span
+from assay.replay.gradient import Taken
+from assay.replay.graphs import Graphs
 from assay.replay.optimizers import OptimizerAdjoint
 from assay.replay.trajectory import StepRecord, Trajectory
 from assay.snapshots import norm_of, random_state, same_random_state, set_random_state
@@ -42,6 +44,7 @@ class Stash:
         gradient: `[P]`, before clipping; empty where nothing reads it.
         losses: `[micro-batches]`.
         spans: how the step treats the entries.
+        taken: the micro-batches' gradients with their graphs, where they are kept.
     """
 
     record: StepRecord
@@ -52,6 +55,7 @@ class Stash:
     gradient: Tensor
     losses: Tensor
     spans: list[Span]
+    taken: list[Taken]
 
 
 class Forward:
@@ -108,13 +112,16 @@ class Forward:
         self.optimizer.zero_grad()
         return self.flat.weights()
 
-    def segment(self, start: int, stop: int, keep: bool = True) -> Iterator[Stash | None]:
+    def segment(
+        self, start: int, stop: int, keep: bool = True, graphs: Graphs | None = None
+    ) -> Iterator[Stash | None]:
         """Replay the steps from a snapshot to the next, and compare the end with it.
 
         Args:
             start: step of a snapshot.
             stop: step of the next one.
             keep: whether to put aside what the adjoint needs.
+            graphs: says which steps' gradients keep their graphs.
 
         Yields:
             One stash per step that was taken, or None if nothing is kept.
@@ -124,10 +131,12 @@ class Forward:
         """
         begin = self.restore(start)
         self.check.begin(start)
-        for t in range(start, stop):
-            record = self.trajectory.records[t]
-            if not record.skipped:
-                yield self.step(record, keep)
+        records = [self.trajectory.records[t] for t in range(start, stop)]
+        taken = [record for record in records if not record.skipped]
+        if graphs is not None:
+            graphs.begin(taken)
+        for record in taken:
+            yield self.step(record, keep, graphs=graphs)
         end = self.trajectory.load(stop)["weights"]
         names = self.flat.names
         expected = self.flat.join(
@@ -135,23 +144,40 @@ class Forward:
         )
         self.check.weights(stop, begin, self.flat.weights(), expected)
 
-    def step(self, record: StepRecord, keep: bool, factors: Sequence[float] | None = None) -> Stash | None:
+    def step(
+        self,
+        record: StepRecord,
+        keep: bool,
+        factors: Sequence[float] | None = None,
+        graphs: Graphs | None = None,
+    ) -> Stash | None:
         """Take one step.
 
         Args:
             record: the log of it.
             keep: whether to put aside what the adjoint needs.
             factors: of each micro-batch's loss; given, the step is meant to differ and is not compared.
+            graphs: says whether its gradients keep their graphs.
         """
         batches = self.batches_of(record)
         self.optimizer.zero_grad()
         drew, losses = False, []
-        for m, (_, batch) in enumerate(batches):
-            set_random_state(record.random[m])
-            loss = self.loss_fn(self.model, batch)
-            (loss if factors is None else factors[m] * loss).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+        taken: list[Taken] = []
+        kept = graphs is not None and graphs.wants(record.step)
+        for m, (ids, batch) in enumerate(batches):
+            if kept:
+                assert graphs is not None
+                taken.append(graphs.curvature.keep(batch, len(ids), record.random[m]))
+                taken[-1].accumulate(self.flat)
+                losses.append(taken[-1].loss)
+            else:
+                set_random_state(record.random[m])
+                loss = self.loss_fn(self.model, batch)
+                (loss if factors is None else factors[m] * loss).backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach())
             drew = drew or not same_random_state(record.random[m], random_state(self.model))
+        if graphs is not None:
+            graphs.note(taken)
         self._set_options(record)
         norm = _norm(self.flat)
         if factors is not None:
@@ -161,7 +187,7 @@ class Forward:
             self._divided = share != 1
         if share != 1:
             torch._foreach_mul_([p.grad for p in self.flat.params if p.grad is not None], share)
-        stash = self._stash(record, batches, share, torch.stack(losses)) if keep else None
+        stash = self._stash(record, batches, share, torch.stack(losses), taken) if keep else None
         gradients = [p.grad for p in self.flat.params if p.grad is not None]
         if self.clipping.factor != 1:
             torch._foreach_mul_(gradients, self.clipping.factor)
@@ -182,12 +208,14 @@ class Forward:
         self.check.ids(record, batches)
         return batches
 
-    def _stash(self, record: StepRecord, batches: MicroBatches, share: float, losses: Tensor) -> Stash:
+    def _stash(
+        self, record: StepRecord, batches: MicroBatches, share: float, losses: Tensor, taken: list[Taken]
+    ) -> Stash:
         reads = self.adjoint.reads_gradient or self.clipping.largest is not None
         gradient = self.flat.gradients() if reads else losses.new_zeros(0)
         buffers = {name: self.flat.buffer(name) for name in self.adjoint.reads}
         return Stash(
-            record, batches, share, self.flat.weights(), buffers, gradient, losses, self.flat.spans()
+            record, batches, share, self.flat.weights(), buffers, gradient, losses, self.flat.spans(), taken
         )
 
     def _set_options(self, record: StepRecord) -> None:

@@ -12,6 +12,8 @@ from assay.cli.options import Debug, RunFolder
 if TYPE_CHECKING:
     import polars as pl
 
+    from assay.replay import AdjointOptions
+
 __all__ = ["adjoint"]
 
 
@@ -24,6 +26,10 @@ def adjoint(
         int | None, typer.Option("--last", min=1, help="Only the documents of the last so many steps.")
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Documents listed at each end.")] = 10,
+    graphs: Annotated[
+        str | None,
+        typer.Option("--graphs", help="Memory for graphs that save a pass each, as '4 GB' [2 GB]."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="All values [default: RUN/adjoint.parquet].")
     ] = None,
@@ -54,7 +60,10 @@ def adjoint(
         def show(done: int, of: int) -> None:
             bar.update(task, completed=done, total=of)
 
-        values, documents, targets = adjoint_of_run(ledger, target or [], {"last": last, "progress": show})
+        options: AdjointOptions = {"last": last, "progress": show}
+        if graphs is not None:
+            options["graphs"] = graphs
+        values, documents, targets = adjoint_of_run(ledger, target or [], options)
     where = out or run / "adjoint.parquet"
     documents.write_parquet(where)
     for name in documents.columns[1:]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from assay.capture.contraction import cost_model
 from assay.plan.shape import Shape
-from assay.snapshots import Snapshots
+from assay.replay.graphs import GRAPHS
+from assay.snapshots import Snapshots, bytes_of
 
 __all__ = ["Training", "Work", "adjoint", "embeddings", "in_run", "index", "training"]
 
@@ -152,18 +153,26 @@ def index(shape: Shape, tokens: float, context: int, rank: int = 64, width: int 
     return Work(work, samples * (entries * width + ROW_IDS) + 4 * blocks, 4 * shape.widest(rank) ** 2)
 
 
-def adjoint(shape: Shape, run: Training, targets: int = 1, snapshots: Snapshots | None = None) -> Work:
+def adjoint(
+    shape: Shape,
+    run: Training,
+    targets: int = 1,
+    snapshots: Snapshots | None = None,
+    graphs: float = bytes_of(GRAPHS, "graphs"),
+) -> Work:
     """The exact answer by replaying the run backwards from its snapshots.
 
     Each segment is trained through once more. Going back through a step takes a forward pass and the gradient of the
-    activations, which all targets share, and for each target the Hessian's product with its adjoint: each of the three
-    products of a matrix twice. The values of the samples come with it.
+    activations, which all targets share and which is there already where the step's graph was kept, and for each target
+    the Hessian's product with its adjoint: each of the three products of a matrix twice. The values of the samples come
+    with it.
 
     Args:
         shape: the network.
         run: its training.
         targets: carried back together.
         snapshots: how they are taken; as many as √steps asks for by default.
+        graphs: bytes that graphs may take which are kept from the replay of their step.
 
     Example:
         >>> from assay.plan.shape import KNOWN
@@ -171,10 +180,9 @@ def adjoint(shape: Shape, run: Training, targets: int = 1, snapshots: Snapshots 
         >>> trained = training(KNOWN["GPT2-small"], run).operations
         >>> [round(adjoint(KNOWN["GPT2-small"], run, n).operations / trained, 1) for n in (1, 8)]
         [3.7, 17.7]
+        >>> [round(adjoint(KNOWN["GPT2-small"], run, n, graphs=1e15).operations / trained, 1) for n in (1, 8)]
+        [3.0, 17.0]
     """
-    forward, linear = shape.forward(run.context), 2 * shape.multiplied
-    shared = 2 * linear + 3 * (forward - linear)  # in attention both factors are activations
-    work = (3 * forward + shared + targets * 6 * forward) * run.tokens
     vector, steps = 4 * shape.parameters, max(int(run.steps), 1)
     settings = snapshots or Snapshots()
     distance = settings.next_distance(settings.every or 1, steps, (1 + run.states) * vector)
@@ -185,4 +193,12 @@ def adjoint(shape: Shape, run: Training, targets: int = 1, snapshots: Snapshots 
     borrowed = (2 + 2 * run.states) * vector
     adjoints = targets * (1 + run.states + 4) * vector
     graph = GRAPH * sum(n * (d + p) for d, p, n in shape.matrices) * run.micro * run.context * run.width
-    return Work(work, disk, kept + borrowed + adjoints + graph)
+    held = min(
+        int(graphs / (graph * run.batch / run.micro)), min(distance, steps)
+    )  # steps whose graphs are kept
+    forward, linear = shape.forward(run.context), 2 * shape.multiplied
+    shared = 2 * linear + 3 * (forward - linear)  # in attention both factors are activations
+    again = 1 - held / min(distance, steps)
+    work = (3 * forward + again * shared + targets * 6 * forward) * run.tokens
+    memory = max(graph, held * graph * run.batch / run.micro)
+    return Work(work, disk, kept + borrowed + adjoints + memory)

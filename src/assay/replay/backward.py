@@ -30,7 +30,7 @@ from assay.replay.clipping import Clipping, recorded_clipping
 from assay.replay.curvature import Curvature
 from assay.replay.flat import Flat, Span
 from assay.replay.forward import Batches, Forward, Loss, Stash
-from assay.replay.graphs import Graphs
+from assay.replay.graphs import GRAPHS, Graphs
 from assay.replay.optimizers import Vectors, adjoint_of
 from assay.replay.optimizers.base import WEIGHTS
 from assay.replay.state import Progress, ProgressFiles
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["AdjointOptions", "Backward", "Queries", "adjoint", "clipping_of", "start_of", "targets_of"]
 
 Queries = Sequence[Any] | Mapping[str, Target]
-GRAPHS = "2 GB"  # of graphs that are kept
 BLOCK = 1 << 15  # entries of a vector that the optimizer's adjoint takes at a time
 
 

@@ -13,7 +13,9 @@ from assay.replay.gradient import Taken
 from assay.replay.trajectory import StepRecord
 from assay.snapshots import bytes_of
 
-__all__ = ["Graphs"]
+__all__ = ["GRAPHS", "Graphs"]
+
+GRAPHS = "2 GB"  # that are kept by default
 
 
 class Graphs:

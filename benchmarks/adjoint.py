@@ -6,7 +6,7 @@ does hits all of them alike; ratios are taken within a round, and the table give
 measured in a process of its own, disk is that of the snapshots' files; both are set against what `assay plan` says of
 the same training.
 
-    python benchmarks/adjoint.py            # the sizes of docs/adjoint.md, about five minutes on two cores
+    python benchmarks/adjoint.py            # the sizes of docs/adjoint.md, about seven minutes on two cores
     python benchmarks/adjoint.py --quick    # one small model, nothing written
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 from overhead import (
     RESULTS,
@@ -239,12 +240,44 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def figures(document: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    machine, settings = document["machine"], document["settings"]
+    lines = [
+        f"A GPT with AdamW and clipping, {settings['steps']} steps, over the time of the same training without "
+        f"snapshots; medians (quartiles) of {settings['rounds']} rounds on {machine['threads']} threads of a CPU, torch "
+        f"{machine['torch']}. The last size is overhead more than matrix products. In brackets "
+        "behind disk and memory: over what `assay plan` says.",
+        "",
+        "| batch × context × width × layers | with snapshots | adjoint, one target | by the plan | 8 targets | "
+        "8 over 1 | disk, MB | peak memory, one target, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        ratio, disk = row["ratio"], row["disk"]
+        memory = row.get("memory", {}).get(ARMS[2])
+        cells = [
+            " × ".join(map(str, row["size"].values())),
+            pages.spread(ratio[ARMS[1]]),
+            pages.spread(ratio[ARMS[2]]),
+            f"{row['planned_ratio'][ARMS[2]]:.2f}",
+            pages.spread(ratio[ARMS[3]]),
+            pages.spread(row["eight_over_one"]),
+            *(
+                "" if x is None else f"{x['found'] / 1e6:.0f} ({x['found'] / x['planned']:.2f})"
+                for x in (disk, memory)
+            ),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="adjoint", description=(__doc__ or "").split("\n")[0])
     result.add_argument("--quick", action="store_true", help="one small model; writes only to --out")
     result.add_argument("--size", type=Size.parse, action="append", metavar="BxTxD[xLAYERS]")
-    result.add_argument("--steps", type=int, help="of the training (25; 12 with --quick)")
+    result.add_argument("--steps", type=int, help="of the training (40; 12 with --quick)")
     result.add_argument(
         "--memory-steps", type=int, default=9, help="of the training whose memory is measured"
     )
@@ -262,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the results."""
     options = parser().parse_args(argv)
     options.rounds = options.rounds or (2 if options.quick else 3)
-    options.steps = options.steps or (12 if options.quick else 25)
+    options.steps = options.steps or (12 if options.quick else 40)
     if options.rounds < 2:
         parser().error("--rounds must be at least 2: quartiles need several")
     torch.set_num_threads(options.threads)
@@ -285,10 +318,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(options, name) for name in ("rounds", "warmup", "steps", "memory_steps")}
-        out.write_text(
-            json.dumps({"machine": machine(options), "settings": settings, "rows": rows}, indent=1) + "\n"
-        )
+        document = {"machine": machine(options), "settings": settings, "rows": rows}
+        out.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written to {out}")
+        if out == RESULTS / "adjoint-cpu.json":
+            page = pages.page_of("adjoint")
+            shown = pages.with_figures(page.read_text(encoding="utf-8"), "adjoint", figures(document))
+            page.write_text(shown, encoding="utf-8")
 
 
 if __name__ == "__main__":

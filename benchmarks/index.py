@@ -18,7 +18,6 @@ files is warm where they fit; the table says how many bytes that is.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -29,6 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import overhead
+import pages
 import polars as pl
 import torch
 from rich.console import Console
@@ -41,24 +42,8 @@ from assay.index.scores import best_rows
 from assay.rows import Folder, RowDtype, RowReader, RowWriter, reader
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "influence.md"
-BEGIN, END = "<!-- figures of benchmarks/index.py -->\n", "<!-- end of the figures -->\n"
-HERE = Path(__file__).parent
 RANK, QUERIES, K = 64, 64, 10
 PIECE = 1 << 20  # bytes of the pieces in the comparison of memory
-
-
-def _sibling(name: str) -> Any:
-    """Another script of this folder."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-overhead = _sibling("overhead")
 
 
 # --- logging ---
@@ -331,7 +316,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         speed = row["examples_per_second"]
         table.add_row(
             row["model"], f"{speed['plain']['median']:.1f}", f"{speed['logging']['median']:.1f}",
-            _spread(row["throughput"]), f"{row['row_bytes'] / 1e3:.0f}",
+            pages.spread(row["throughput"]), f"{row['row_bytes'] / 1e3:.0f}",
         )  # fmt: skip
     console.print(table)
     table = Table(title="queries, share of the bare read and GEMM: median (quartiles)")
@@ -341,7 +326,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         speed = row["pairs_per_second"]
         table.add_row(
             f"{row['rows']} x {row['width']}", row["dtype"], f"{row['bytes'] / 1e6:.0f}",
-            f"{speed['search']['median']:,.0f}", f"{speed['bare']['median']:,.0f}", _spread(row["throughput"]),
+            f"{speed['search']['median']:,.0f}", f"{speed['bare']['median']:,.0f}", pages.spread(row["throughput"]),
         )  # fmt: skip
     console.print(table)
     for row in document["memory"]:
@@ -356,10 +341,6 @@ def show(document: dict[str, Any], console: Console) -> None:
             f"{million['seconds']['median']:.1f} s, {million['pairs_per_second']['median']:,.0f} pairs/s; written in "
             f"{million['write_seconds']:.0f} s; peak {million['peak_bytes'] / 2**20:.0f} MiB with pieces of 32 MiB"
         )
-
-
-def _spread(found: dict[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['lower_quartile']:.2f}-{found['upper_quartile']:.2f})"
 
 
 def figures(document: dict[str, Any]) -> str:
@@ -377,7 +358,7 @@ def figures(document: dict[str, Any]) -> str:
         speed = row["examples_per_second"]
         lines.append(
             f"| {row['model']} | {speed['plain']['median']:.1f} | {speed['logging']['median']:.1f} | "
-            f"{_spread(row['throughput'])} |"
+            f"{pages.spread(row['throughput'])} |"
         )
     lines += ["", "| rows stored as | MB | search, pairs/s | bare read and product, pairs/s | share |"]
     lines += ["|---|---|---|---|---|"]
@@ -385,7 +366,7 @@ def figures(document: dict[str, Any]) -> str:
         speed = row["pairs_per_second"]
         lines.append(
             f"| {row['dtype']}, {row['rows']:,} × {row['width']:,} | {row['bytes'] / 1e6:.0f} | "
-            f"{speed['search']['median']:,.0f} | {speed['bare']['median']:,.0f} | {_spread(row['throughput'])} |"
+            f"{speed['search']['median']:,.0f} | {speed['bare']['median']:,.0f} | {pages.spread(row['throughput'])} |"
         )
     lines += [
         "",
@@ -406,13 +387,6 @@ def figures(document: dict[str, Any]) -> str:
             f"{row['pairs_per_second']['median']:,.0f} pairs/s, {row['peak_bytes'] / 2**20:.0f} MiB at most.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def with_figures(page: str, document: dict[str, Any]) -> str:
-    """The page with these figures between its two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{figures(document)}\n{END}{after}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -477,7 +451,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written to {out}")
         if out == RESULTS / "index-cpu.json":
-            PAGE.write_text(with_figures(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
+            page = pages.page_of("influence")
+            shown = pages.with_figures(page.read_text(encoding="utf-8"), "index", figures(document))
+            page.write_text(shown, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -245,8 +245,8 @@ def figures(document: dict[str, Any]) -> str:
     machine, settings = document["machine"], document["settings"]
     lines = [
         f"A GPT with AdamW and clipping, {settings['steps']} steps, over the time of the same training without "
-        f"snapshots; medians (quartiles) of {settings['rounds']} rounds on {machine['threads']} threads of a CPU, torch "
-        f"{machine['torch']}. The last size is overhead more than matrix products. In brackets "
+        f"snapshots; medians (quartiles) of {settings['rounds']} rounds on {machine['threads']} threads of a CPU, "
+        f"torch {machine['torch']}. The last size is overhead more than matrix products. In brackets "
         "behind disk and memory: over what `assay plan` says.",
         "",
         "| batch × context × width × layers | with snapshots | adjoint, one target | by the plan | 8 targets | "

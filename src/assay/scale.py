@@ -40,6 +40,7 @@ class GradientScale:
         self.params, self.number_of_groups, self.processes = list(params), number_of_groups, processes
         self.groups = [groups[p] for p in self.params]
         self._after_backward: tuple[list[int], Tensor] | None = None
+        self._index: tuple[list[int], Tensor] | None = None
 
     def norms(self) -> tuple[list[int], Tensor]:
         """The parameters that have a gradient, and the norm of each gradient."""
@@ -65,8 +66,10 @@ class GradientScale:
         present, norms = self._after_backward
         now_present, now = self.norms()
         if present != now_present or not present:
-            return torch.full((self.number_of_groups,), self.processes.share), torch.full((), float("inf"))
-        group = torch.tensor([self.groups[i] for i in present], device=norms.device)
+            here = self.params[0].device
+            share = torch.full((self.number_of_groups,), self.processes.share, device=here)
+            return share, torch.full((), float("inf"), device=here)
+        group = self._groups_of(present, norms.device)
         zeros = norms.new_zeros(self.number_of_groups)
         before = zeros.index_add(0, group, norms.square())
         after = zeros.index_add(0, group, now.square())
@@ -77,3 +80,9 @@ class GradientScale:
             torch.finfo(self.params[i].dtype).eps for i in present
         )  # of each entry, when it was scaled
         return self.processes.share * scale, (gap.max() - 2 * rounding).clamp_min(0)
+
+    def _groups_of(self, present: list[int], device: torch.device) -> Tensor:
+        """The group of each of these parameters, on the device; they are the same from step to step."""
+        if self._index is None or self._index[0] != present:
+            self._index = present, torch.tensor([self.groups[i] for i in present], device=device)
+        return self._index[1]

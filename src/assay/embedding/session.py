@@ -23,7 +23,8 @@ from assay.capture.factors import Factors
 from assay.capture.marks import Weight
 from assay.capture.probe import WHOLE
 from assay.embedding.draws import logits_of, output_gradients
-from assay.embedding.header import Header, write_header
+from assay.embedding.header import SCALARS, Header, write_header
+from assay.embedding.hosted import Hosted
 from assay.embedding.resume import recorded_before, save_through
 from assay.embedding.sides import balanced, choose_sides
 from assay.errors import AssayWarning, InputError, StoreError
@@ -153,7 +154,7 @@ class EmbeddingSession:
         if not self.ready:
             self._balance(batches, through)
         rows = torch.cat([self._rows_of(batch, through) for batch in batches])
-        scalars = self._scalars(read, through)
+        scalars, late, of_device = self._scalars(read, through)
         if self._writer is None:
             self._start(rows)
         ids = [i for batch in batches for i in batch.ids]
@@ -162,7 +163,9 @@ class EmbeddingSession:
         weights = [
             torch.full((n,), 1 / len(ids)) if w is None else w for n, w in zip(counts, given, strict=True)
         ]
-        self._background.put(step, ids, counts, torch.cat(weights), scalars, rows.cpu())
+        self._background.put(
+            step, ids, counts, torch.cat(weights), scalars, late, Hosted(of_device), Hosted(rows)
+        )
         self._raise_refused()
 
     def _balance(self, batches: Sequence[MicroBatch], through: Mapping[Parameter, Tensor | float]) -> None:
@@ -200,10 +203,17 @@ class EmbeddingSession:
                 rows[:, self.projector.slices[param]] += part.flatten(1)
         return rows
 
-    def _scalars(self, step: Step, through: Mapping[Parameter, Tensor | float]) -> list[float]:
-        """`[parameters · 7]`: what `recursion.Update` needs of the step besides its rows."""
-        optimizer, found = self.context.optimizer, []
-        known: dict[tuple[int, int], list[float]] = {}
+    def _scalars(
+        self, step: Step, through: Mapping[Parameter, Tensor | float]
+    ) -> tuple[list[float], list[tuple[int, int]], Tensor]:
+        """`[parameters · 7]`: what `recursion.Update` needs of the step besides its rows.
+
+        Factors that only the device knows are left out; the other two results say which number lacks which of them.
+        """
+        optimizer, found = self.context.optimizer, list[float]()
+        known: dict[tuple[int, int], tuple[float, float, float, float]] = {}
+        late: list[tuple[int, int]] = []
+        factors = [*(step.scale / step.loss_scale).unbind()]  # by group, then what the loop below adds
         for p in self.projector.slices:
             t = step.counts.get(p)
             if t is None or p not in step.gains:
@@ -211,23 +221,20 @@ class EmbeddingSession:
                 continue
             group, D = optimizer.group_index(p), through[p]
             if (group, t) not in known:
-                kappa = optimizer.tail(p, t, t)
-                speed = float(step.lr[group]) * kappa
+                kappa, lr = optimizer.tail(p, t, t), float(optimizer.lr(group))
                 carry = optimizer.tail(p, t, t - 1) / kappa if t > 1 and kappa else 0.0
-                known[group, t] = [
-                    speed,
-                    float(step.scale[group]) / float(step.loss_scale),
-                    carry,
-                    optimizer.momentum_decay(p),
-                ]
-            speed, scale, carry, decay = known[group, t]
+                known[group, t] = lr, kappa, carry, optimizer.momentum_decay(p)
+            lr, kappa, carry, decay = known[group, t]
             shrink, decoupled = optimizer.decay(p)
-            keep = 1 - float(step.lr[group]) * shrink if decoupled else 1.0
-            mean = float(D.mean()) if shrink and not decoupled and isinstance(D, Tensor) else 1.0
-            pull = 0.0 if decoupled else shrink * mean
+            keep = 1 - lr * shrink if decoupled else 1.0
+            pull = 0.0 if decoupled else shrink
+            late.append((len(found) + SCALARS.index("scale"), group))
+            if pull and isinstance(D, Tensor):
+                late.append((len(found) + SCALARS.index("pull"), len(factors)))
+                factors.append(D.mean().to(factors[0]))
             sign = float(D) if not self.preconditioned else 1.0  # -1 where the optimizer maximises
-            found += [speed, scale * sign, keep, carry, decay, pull, float(step.lr[group])]
-        return found
+            found += [lr * kappa, sign, keep, carry, decay, pull, lr]
+        return found, late, torch.stack(factors)
 
     def skipped(self, step: int) -> None:
         """Nothing moved."""
@@ -272,10 +279,14 @@ class EmbeddingSession:
         counts: list[int],
         weights: Tensor,
         scalars: list[float],
-        rows: Tensor,
+        late: list[tuple[int, int]],
+        of_device: Hosted,
+        on_the_way: Hosted,
     ) -> None:
         """In the background: the table's lines and the rows. The first line of a step has its scalars."""
-        n = len(ids)
+        n, rows, factors = len(ids), on_the_way.wait(), of_device.wait().tolist()
+        for place, factor in late:
+            scalars[place] *= factors[factor]
         finite = rows.isfinite().all(1)
         if not bool(finite.all()):
             self._not_finite += int((~finite).sum())

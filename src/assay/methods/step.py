@@ -154,12 +154,7 @@ def read_step(
         splits = {p: optimizer.split(p) for p in params if p.grad is not None}
         gains = {p: local(s.gain) if isinstance(s.gain, Tensor) else s.gain for p, s in splits.items()}
         moves = {p: (s.carried, s.decayed) for p, s in splits.items()}
-    lr = torch.stack(
-        [
-            torch.as_tensor(optimizer.lr(g), dtype=like.dtype, device=like.device)
-            for g in range(scale.shape[0])
-        ]
-    )
+    lr = torch.stack([_rate(optimizer.lr(g), like) for g in range(scale.shape[0])])
     return Step(
         number,
         batches,
@@ -217,6 +212,13 @@ def along(direction: Tensor, moved: Tensor | Multiple | float) -> Tensor:
         return rows.sum(1) * moved if moved else rows.new_zeros(rows.shape[0])
     wide = torch.promote_types(direction.dtype, moved.dtype)
     return rows.to(wide) @ moved.to(wide).expand(direction.shape[1:]).flatten()
+
+
+def _rate(lr: Tensor | float, like: Tensor) -> Tensor:
+    """A learning rate beside `like`; a number is filled in, since copying it to a device would wait for that."""
+    if isinstance(lr, Tensor):
+        return lr.to(like, non_blocking=True)
+    return torch.full((), lr, dtype=like.dtype, device=like.device)
 
 
 def _held(x: Tensor | Multiple | float) -> Tensor | Multiple | float:

@@ -47,9 +47,9 @@ trial: $(VENV)/.installed-dev ## install the built wheel into an empty environme
 		echo "--- $$loop" && venv/bin/python $(CURDIR)/examples/$$loop.py || exit 1; done
 	cd build/trial && venv/bin/assay --version && venv/bin/assay demo --quick --out runs/demo
 
-constraints: ## pin the newest versions that pyproject.toml allows, with torch as it is pinned now
+constraints: ## pin the newest versions that pyproject.toml allows, with torch and its triton as they are pinned now
 	rm -rf build/pin && $(PYTHON) -m venv build/pin
-	grep '^torch==' constraints.txt > build/torch.txt
+	grep -E '^(torch|triton)==' constraints.txt > build/torch.txt
 	build/pin/bin/python -m pip install --quiet --constraint build/torch.txt '.[dev,store]'
 	build/pin/bin/python scripts/pin.py > build/constraints.txt && mv build/constraints.txt constraints.txt
 

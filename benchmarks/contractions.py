@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from assay.capture.contraction import batched, batched_is_cheaper, cost_model, per_sample_products
+from assay.capture.contraction import batched, cheapest, cost_model, per_sample_products
 from assay.capture.layout import Layout
 
 RESULTS = Path(__file__).parent / "results" / "contractions-cpu.json"
@@ -62,7 +62,7 @@ def measure(layer: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
         "per_entry": more["batched"] / (batch * p * d),
         "per_flop": more["directional"] / (2 * batch * positions * p * d),
         "cheaper": min(more, key=lambda name: more[name]),
-        "chosen": "batched" if batched_is_cheaper(batch, positions, p, d, 1) else "directional",
+        "chosen": cheapest(batch, positions, p, d, 1),
     }  # fmt: skip
 
 

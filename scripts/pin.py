@@ -36,5 +36,7 @@ def pins() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("# What CI installs, package for package, by `make constraints`; the torch line is kept by hand.")
+    print(
+        "# What CI installs, package for package, by `make constraints`; torch and triton are kept by hand."
+    )
     print("\n".join(pins()))

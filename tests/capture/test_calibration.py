@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     contraction.cost_model.cache_clear()
-    contraction.batched_is_cheaper.cache_clear()
+    contraction.cheapest.cache_clear()
 
 
 def test_the_command_keeps_constants_that_the_planner_then_reads(folder: Path) -> None:
@@ -42,9 +42,9 @@ def test_the_command_keeps_constants_that_the_planner_then_reads(folder: Path) -
 
 def test_constants_decide() -> None:
     sizes = (16, 16, 384, 384, 1)
-    for entry, flop, batched in ((1e-9, 1e-15, False), (1e-12, 1e-9, True)):
+    for entry, flop, form in ((1e-9, 1e-15, "directional"), (1e-12, 1e-9, "batched")):
         calibration.keep(CostModel(per_entry=entry, per_flop=flop), torch.device("cpu"))
-        assert contraction.batched_is_cheaper(*sizes) is batched
+        assert contraction.cheapest(*sizes) == form
 
 
 def test_another_device_keeps_what_it_had() -> None:

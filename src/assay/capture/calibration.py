@@ -1,10 +1,11 @@
 """The constants of the contractions' cost model, measured on this machine and kept for the runs that follow.
 
 For some linear layers the plain weight-gradient product, the batched form (with blocks of several sizes) and the
-directional form are timed in turn. What a form adds to the plain product, over the work that it adds, gives a constant
-per layer; the median is kept, and the block size whose added time over all layers is least. They go into
-`contraction.json` in the configuration folder (`$ASSAY_CONFIG`, or `$XDG_CONFIG_HOME/assay`, or `~/.config/assay`),
-by kind of device, with a description of the machine.
+directional form are timed in turn, and on a GPU the fused form too, for each kind of arithmetic that it has. What a
+form adds to the plain product, over the work that it adds, gives a constant per layer; the median is kept, and the
+block size whose added time over all layers is least. They go into `contraction.json` in the configuration folder
+(`$ASSAY_CONFIG`, or `$XDG_CONFIG_HOME/assay`, or `~/.config/assay`), by kind of arithmetic, with a description of the
+machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,11 @@ import torch
 
 from assay.capture import contraction
 from assay.capture.contraction import SHIPPED, CostModel, per_sample_products
+from assay.capture.fused import available, fused
 from assay.capture.layout import Layout
 from assay.errors import AssayWarning
 
-__all__ = ["LAYERS", "QUICK", "calibrated", "keep", "measure", "place"]
+__all__ = ["LAYERS", "QUICK", "calibrated", "keep", "kinds", "measure", "place"]
 
 Layer = tuple[int, int, int, int]  # B, T, d, p
 LAYERS: Sequence[Layer] = [
@@ -47,13 +50,18 @@ def place() -> Path:
     return base.expanduser() / "contraction.json"
 
 
-def calibrated(device_type: str) -> CostModel | None:
-    """The constants that were measured for a kind of device; None, with a warning, where they cannot be used."""
+def kinds(device: torch.device) -> list[str]:
+    """The kinds of arithmetic (`fused.arithmetic`) of a device."""
+    return ["cuda", "cuda tf32", "cuda half"] if device.type == "cuda" else [device.type]
+
+
+def calibrated(kind: str) -> CostModel | None:
+    """The constants that were measured for a kind of arithmetic; None, with a warning, where they cannot be used."""
     file = place()
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["devices"].get(device_type)
+        found = json.loads(file.read_text(encoding="utf-8"))["devices"].get(kind)
         return None if found is None else _validated(found["constants"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
@@ -78,8 +86,8 @@ def _validated(constants: dict[str, Any]) -> CostModel:
     return CostModel(**{**constants, **whole})
 
 
-def keep(measured: CostModel, device: torch.device) -> Path:
-    """Write the constants of a device, beside those of others, in one piece."""
+def keep(measured: CostModel, device: torch.device, kind: str | None = None) -> Path:
+    """Write the constants of one kind of arithmetic of a device, beside those of others, in one piece."""
     file = place()
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -91,40 +99,72 @@ def keep(measured: CostModel, device: torch.device) -> Path:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    devices[device.type] = {"constants": asdict(measured), "machine": machine}
+    devices[kind or device.type] = {"constants": asdict(measured), "machine": machine}
     part = file.with_suffix(".part")
     part.write_text(json.dumps({"devices": devices}, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
     contraction.cost_model.cache_clear()
-    contraction.batched_is_cheaper.cache_clear()
+    contraction.cheapest.cache_clear()
     return file
 
 
-def measure(device: torch.device, layers: Sequence[Layer] = LAYERS, rounds: int = 9) -> CostModel:
-    """Time every form of every layer in turn; `rounds` timed ones after two to warm up."""
-    shipped = SHIPPED.get(device.type, SHIPPED["cuda"])
+def measure(
+    device: torch.device, layers: Sequence[Layer] = LAYERS, rounds: int = 9, kind: str | None = None
+) -> CostModel:
+    """Time every form of every layer in turn; `rounds` timed ones after two to warm up.
+
+    Args:
+        device: to measure on.
+        layers: to time.
+        rounds: of each.
+        kind: of arithmetic, one of `kinds(device)`; the first if left out.
+    """
+    kind = kind or kinds(device)[0]
+    shipped = SHIPPED.get(kind, SHIPPED["cuda"])
     added: dict[int, float] = dict.fromkeys(BLOCKS, 0.0)
     by_layer: list[tuple[Layer, dict[Any, float]]] = []
-    for layer in layers:
-        seconds = _seconds(_forms(layer, device, shipped), device, rounds)
-        by_layer.append((layer, seconds))
-        for block in BLOCKS:
-            added[block] += max(seconds[block] - seconds["plain"], 0.0)
+    with _multiplying(kind):
+        for layer in layers:
+            dtype = torch.bfloat16 if kind.endswith("half") else torch.float32
+            seconds = _seconds(_forms(layer, device, shipped, dtype), device, rounds)
+            by_layer.append((layer, seconds))
+            for block in BLOCKS:
+                added[block] += max(seconds[block] - seconds["plain"], 0.0)
     block = min(BLOCKS, key=lambda size: added[size])
-    entries, flops = [], []
+    entries, flops, slower = [], [], []
     for (batch, positions, d, p), seconds in by_layer:
         entries.append(max(seconds[block] - seconds["plain"], 1e-9) / (batch * p * d))
         flops.append(max(seconds["directional"] - seconds["plain"], 1e-9) / (2 * batch * positions * p * d))
-    return replace(
+        if "fused" in seconds:
+            rest = seconds["fused"] - seconds["plain"] - batch * p * d * shipped.fused_per_entry
+            slower.append(max(rest, 1e-9) / (2 * batch * positions * p * d))
+    found = replace(
         shipped, per_entry=statistics.median(entries), per_flop=statistics.median(flops), block_bytes=block
     )
+    return replace(found, fused_per_flop=statistics.median(slower)) if slower else found
 
 
-def _forms(layer: Layer, device: torch.device, shipped: CostModel) -> dict[Any, Callable[[], Any]]:
-    """The plain product, the directional form, and the batched one by its block size."""
+@contextmanager
+def _multiplying(kind: str) -> Iterator[None]:
+    """Products of float32 in tf32 inside, or not, where the kind says so."""
+    if kind not in ("cuda", "cuda tf32"):
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "cuda tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _forms(
+    layer: Layer, device: torch.device, shipped: CostModel, dtype: torch.dtype
+) -> dict[Any, Callable[[], Any]]:
+    """The plain product, the directional form, the batched one by its block size, and the fused one if there is one."""
     batch, positions, d, p = layer
-    a, b = torch.randn(batch, positions, d, device=device), torch.randn(batch, positions, p, device=device)
-    directions, layout = torch.randn(1, p, d, device=device), Layout(0, batch)
+    a, b = (torch.randn(batch, positions, width, device=device, dtype=dtype) for width in (d, p))
+    directions, layout = torch.randn(1, p, d, device=device, dtype=dtype), Layout(0, batch)
     flat_a, flat_b = a.view(-1, d), b.view(-1, p)
     forms: dict[Any, Callable[[], Any]] = {
         "plain": lambda: flat_b.t() @ flat_a,
@@ -132,6 +172,8 @@ def _forms(layer: Layer, device: torch.device, shipped: CostModel) -> dict[Any, 
     }
     for size in BLOCKS:
         forms[size] = partial(contraction.batched, a, b, directions, replace(shipped, block_bytes=size))
+    if available(a, b):
+        forms["fused"] = partial(fused, a, b, directions)
     return forms
 
 

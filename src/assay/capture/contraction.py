@@ -5,6 +5,7 @@ For one linear layer with T positions per sample, widths d → p and n direction
 * *batched*: every sample's gradient `b_iᵀ a_i` by one GEMM, summed to the weight gradient and dotted with G. It
   replaces the layer's own weight-gradient GEMM; what it adds is memory traffic, `B·p·d` entries.
 * *directional*: the output's change `a Gᵀ` along G, dotted with the output's gradient: one more GEMM per direction.
+* *fused*: the batched form inside one kernel of a GPU, where a sample's gradient stays in the registers (`fused`).
 
 The batched form works through a few samples at a time, so that their gradients stay in the last cache.
 """
@@ -12,12 +13,14 @@ The batched form works through a few samples at a time, so that their gradients 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from assay.capture.fused import arithmetic, available, fused
 from assay.capture.layout import Layout
 from assay.capture.room import Room
 
@@ -26,6 +29,7 @@ __all__ = [
     "Blocks",
     "CostModel",
     "batched",
+    "cheapest",
     "cost_model",
     "directional",
     "per_sample_gradients",
@@ -48,6 +52,8 @@ class CostModel:
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
     block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
+    fused_per_entry: float = 1e-12  # a per-sample gradient entry dotted with a direction inside the kernel
+    fused_per_flop: float = 1e-12  # by how much an operation of the kernel is slower than one of the GEMM
 
     def batched(self, batch: int, p: int, d: int, targets: int) -> float:
         """Extra seconds of the batched form over the weight-gradient GEMM that it replaces."""
@@ -57,33 +63,52 @@ class CostModel:
         """Extra seconds of the directional form."""
         return targets * batch * positions * (2 * p * d * self.per_flop + 2 * p * self.per_entry)
 
+    def fused(self, batch: int, positions: int, p: int, d: int, targets: int) -> float:
+        """Extra seconds of the fused form over the weight-gradient GEMM that it replaces."""
+        return batch * p * d * (2 * positions * self.fused_per_flop + targets * self.fused_per_entry)
+
     def samples_per_block(self, p: int, d: int, itemsize: int) -> int:
         """How many samples' gradients to form at once."""
         return max(1, self.block_bytes // (p * d * itemsize))
 
 
 COST = CostModel()
-SHIPPED = {  # where nothing was calibrated; "cuda" by the data sheet of an A100: 1.5 TB/s, 20 Tflop/s without TF32
+# Where nothing was calibrated: on a GPU by the data sheet of an A100 (1.5 TB/s; 20 Tflop/s without tensor cores, 156
+# in tf32, 312 in 16 bits, of which a product reaches 70 %), and for the kernel by the guess that it reaches three
+# quarters of the library's speed on tensor cores and a third without.
+CUDA = CostModel(
+    per_entry=8e-12, per_flop=5e-14, kept_bytes=2 << 30, block_bytes=80 << 20, fused_per_flop=1e-13
+)  # fmt: skip
+SHIPPED = {
     "cpu": COST,
-    "cuda": CostModel(per_entry=8e-12, per_flop=5e-14, kept_bytes=2 << 30, block_bytes=80 << 20),
+    "cuda": CUDA,
+    "cuda tf32": replace(CUDA, per_flop=9e-15, fused_per_flop=3e-15),
+    "cuda half": replace(CUDA, per_entry=11e-12, per_flop=4.6e-15, fused_per_flop=1.5e-15),
 }
+Form = Literal["batched", "directional", "fused"]
 
 
 @lru_cache(maxsize=8)
-def cost_model(device_type: str) -> CostModel:
-    """The constants of a kind of device: calibrated on this machine, or those that are shipped."""
+def cost_model(kind: str) -> CostModel:
+    """The constants of a kind of device (`fused.arithmetic`): calibrated on this machine, or those that are shipped."""
     from assay.capture.calibration import calibrated  # which measures what is below
 
-    return calibrated(device_type) or SHIPPED.get(device_type, SHIPPED["cuda"])
+    return calibrated(kind) or SHIPPED.get(kind, SHIPPED["cuda"])
 
 
 @lru_cache(maxsize=4096)
-def batched_is_cheaper(
-    batch: int, positions: int, p: int, d: int, targets: int, device_type: str = "cpu"
-) -> bool:
-    """Whether the batched form beats the directional one where the weight gradient is needed as well."""
-    cost = cost_model(device_type)
-    return cost.batched(batch, p, d, targets) <= cost.directional(batch, positions, p, d, targets)
+def cheapest(
+    batch: int, positions: int, p: int, d: int, targets: int, kind: str = "cpu", with_fused: bool = False
+) -> Form:
+    """The form with the least time on top of the weight gradient, which is needed as well."""
+    cost = cost_model(kind)
+    seconds: dict[Form, float] = {
+        "batched": cost.batched(batch, p, d, targets),
+        "directional": cost.directional(batch, positions, p, d, targets),
+    }
+    if with_fused:
+        seconds["fused"] = cost.fused(batch, positions, p, d, targets)
+    return min(seconds, key=lambda form: seconds[form])
 
 
 def directional(moved: list[Tensor], b: Tensor, layout: Layout) -> Tensor:
@@ -109,15 +134,21 @@ def per_sample_products(a: Tensor, b: Tensor, layout: Layout, directions: Tensor
 def weight_gradient_and_products(
     a: Tensor, b: Tensor, layout: Layout, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weight gradient `[p, d]` and `[targets, B]` inner products, by the cheaper of the two forms."""
+    """The weight gradient `[p, d]` and `[targets, B]` inner products, by the cheapest form."""
     d, p = a.shape[-1], b.shape[-1]
     batch = layout.batch
     positions = b.numel() // max(p * batch, 1)
     regular = layout.labels is None and layout.dim < b.dim() - 1
-    if not regular or not batched_is_cheaper(batch, positions, p, d, directions.shape[0], a.device.type):
+    kind = arithmetic(a)
+    form = (
+        cheapest(batch, positions, p, d, directions.shape[0], kind, available(a, b))
+        if regular
+        else "directional"
+    )
+    if form == "directional":
         return b.reshape(-1, p).t() @ a.reshape(-1, d), per_sample_products(a, b, layout, directions)
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
-    return batched(a, b, directions, cost_model(a.device.type))
+    return fused(a, b, directions) if form == "fused" else batched(a, b, directions, cost_model(kind))
 
 
 def per_sample_gradients(

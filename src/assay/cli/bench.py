@@ -79,9 +79,10 @@ def calibrate(
             f"--device {device}: {str(error).splitlines()[0]}; name one that is there."
         ) from error
     layers, rounds = (calibration.QUICK, 3) if quick else (calibration.LAYERS, 9)
-    found = calibration.measure(chosen, layers, rounds)
-    file = calibration.keep(found, chosen)
-    typer.echo(
-        f"{chosen.type}: {found.per_entry:.3g} s per gradient entry, {found.per_flop:.3g} s per operation, blocks of "
-        f"{found.block_bytes >> 20} MiB; kept in {file}"
-    )
+    for kind in calibration.kinds(chosen):
+        found = calibration.measure(chosen, layers, rounds, kind)
+        file = calibration.keep(found, chosen, kind)
+        typer.echo(
+            f"{kind}: {found.per_entry:.3g} s per gradient entry, {found.per_flop:.3g} s per operation, blocks of "
+            f"{found.block_bytes >> 20} MiB; kept in {file}"
+        )

@@ -20,14 +20,13 @@ from reference.compare import (
     valued,
 )
 from reference.dense import Step
+from reference.forms import FORMS, forced
 from reference.settings import CLIP, MAIN, OPTIMIZERS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 import assay
-from assay.capture import contraction, layer_norm, probe
-from assay.methods import step as reading
 
 # --- the table of the main job
 
@@ -253,29 +252,30 @@ def test_unused_parameter_moves_nothing() -> None:
         check(case, loss, OPTIMIZERS[optimizer], plan(case), targets, CLIP)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("form", ["batched", "one sample at a time", "pieces of three", "directional"])
-@pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("optimizer", "way"),
+    [
+        ("sgd_momentum", "rides"),
+        ("sgd_momentum", "strict"),
+        ("adamw", "keep"),
+        ("adamw", "strict"),
+        ("adamw", "recompute"),
+    ],
+)
 @pytest.mark.parametrize("name", ["gpt2", "mlp", "mlp_tokens", "sequence_first", "two_modules_one_weight"])
-def test_every_contraction(
-    name: str, optimizer: str, form: str, strict: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the cost model chooses on this machine, each form gives the same values."""
-    monkeypatch.setattr(
-        contraction, "cheapest", lambda *sizes: "directional" if form == "directional" else "batched"
-    )
-    if form == "one sample at a time":
-        monkeypatch.setattr(contraction, "cost_model", lambda device: contraction.CostModel(block_bytes=1))
-        monkeypatch.setattr(layer_norm, "BLOCK", 1)
-    if form == "pieces of three":  # samples of a layer, entries of a parameter
-        monkeypatch.setattr(contraction.CostModel, "samples_per_block", lambda *sizes: 3)
-        monkeypatch.setattr(reading, "PIECE", 3)
-    if form == "directional":
-        monkeypatch.setattr(probe, "per_sample_gradients", lambda *factors: None)
+def test_every_contraction(name: str, optimizer: str, way: str, form: str) -> None:
+    """Whatever the cost model chooses on this machine, each form gives the same values.
+
+    Under SGD they come with the backward pass; under AdamW from gradients that are kept, or from a pass taken again.
+    """
     case = CASES[name]
     loss = list(case.losses.values())[-1]
     targets = {f"target {n}": Target([case.batch(n + 1, seed=30 + n)], loss) for n in range(2)}
-    check(case, loss, OPTIMIZERS[optimizer], plan(case, sizes=(4, 3)), targets, CLIP, strict=strict)
+    memory = "recompute" if way == "recompute" else "keep"
+    with forced(form):
+        data = plan(case, sizes=(4, 3))
+        check(case, loss, OPTIMIZERS[optimizer], data, targets, CLIP, memory=memory, strict=way == "strict")
 
 
 def test_batch_norm() -> None:

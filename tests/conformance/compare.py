@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from reference.forms import FORMS, forced
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves, tree_map
@@ -20,11 +21,15 @@ TARGETS = 2
 
 @dataclass
 class Outcome:
-    """Largest relative errors over parameters: scores against single samples, and their sum against `.grad`."""
+    """Largest relative errors over parameters: scores against single samples, and their sum against `.grad`.
+
+    `forms` are the scores and the kept gradients again, by every form of the contraction.
+    """
 
     samples: float
     total: float
     deferred: float
+    forms: float
     where: str
     status: dict[str, str]
 
@@ -144,10 +149,24 @@ def compare(model: Module, inputs: Mapping[str, Any], batch: int = 3, *, strict:
     total = torch.stack(
         [directions[p].reshape(TARGETS, -1) @ g.flatten() for p, g in zip(params, grads, strict=True)]
     )
-    errors = (scores - truth).abs().amax((1, 2)) / size
+
+    def apart(found: Tensor) -> Tensor:
+        return (found - truth).abs().amax((1, 2)) / size
+
+    errors = apart(scores)
     sums = (scores.sum(2) - total).abs().amax(1) / size
     later, _ = run(keep=params)
-    deferred = (later - truth).abs().amax((1, 2)) / size
+    forms: list[Tensor] = []
+    for form in FORMS:
+        with forced(form):
+            forms += [apart(run(**options)[0]).max() for options in ({}, {"keep": params})]
     worst = errors.nan_to_num(float("inf")).argmax()
     status = dict(coverage.frame().select("parameter", "status").iter_rows())
-    return Outcome(float(errors.max()), float(sums.max()), float(deferred.max()), named[worst][0], status)
+    return Outcome(
+        float(errors.max()),
+        float(sums.max()),
+        float(apart(later).max()),
+        float(torch.stack(forms).max()),
+        named[worst][0],
+        status,
+    )

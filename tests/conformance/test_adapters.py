@@ -64,6 +64,7 @@ def check(outcome: Outcome, tolerance: float) -> None:
     assert outcome.samples < tolerance, f"{outcome.where}: {outcome}"
     assert outcome.total < tolerance, outcome
     assert outcome.deferred < tolerance, outcome
+    assert outcome.forms < tolerance, outcome
 
 
 IN_PART_FLOAT32 = {"fourier", "prefix"}  # their own code casts

@@ -43,6 +43,7 @@ def check(outcome: Outcome, tolerance: float) -> None:
     assert outcome.samples < tolerance, f"{outcome.where}: {outcome}"
     assert outcome.total < tolerance, outcome
     assert outcome.deferred < tolerance, outcome
+    assert outcome.forms < tolerance, outcome
 
 
 def covered(model: Module, outcome: Outcome) -> None:

@@ -14,12 +14,13 @@ from reference.loop import Plan, snapshot, train
 from reference.settings import BuildOptimizer
 
 
-def valuation(targets: Mapping[str, Target]) -> assay.InRunShapley:
+def valuation(targets: Mapping[str, Target], memory: str = "keep") -> assay.InRunShapley:
     """First-order in-run values for these targets."""
     return assay.InRunShapley(
         targets={name: assay.Target(target.batches, target.loss) for name, target in targets.items()},
         path="left",
         momentum="instant",
+        memory=memory,
     )
 
 
@@ -71,12 +72,13 @@ def valued(
     data: Plan,
     targets: Mapping[str, Target],
     clip: float | None = None,
+    memory: str = "keep",
     **options: Any,
 ) -> assay.Ledger:
     """The ledger of the same training with assay; `options` go to `assay.Run`."""
     model = case.model()
     optimizer = build(model)
-    run = assay.Run(model, optimizer, out=None, methods=[valuation(targets)], **options)
+    run = assay.Run(model, optimizer, out=None, methods=[valuation(targets, memory)], **options)
     train(model, optimizer, data, loss, clip=clip, record=run.step)
     run.close()
     return run.ledger
@@ -89,11 +91,12 @@ def check(
     data: Plan,
     targets: Mapping[str, Target],
     clip: float | None = None,
+    memory: str = "keep",
     **options: Any,
 ) -> None:
     """Every value of every target is the dense one."""
     snapshots = snapshots_of_plain_training(case, loss, build, data, clip)
     expected = values(snapshots, loss, targets, clip=clip, tolerance=case.tolerance)
-    ledger = valued(case, loss, build, data, targets, clip, **options)
+    ledger = valued(case, loss, build, data, targets, clip, memory, **options)
     for name in targets:
         assert relative_error(recorded(ledger, name), expected[name]) <= case.tolerance

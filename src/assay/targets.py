@@ -18,6 +18,8 @@ from assay.errors import InputError
 __all__ = [
     "Target",
     "TargetPass",
+    "eagerly",
+    "refuse_constant",
     "refuse_delayed_errors",
     "undisturbed",
     "without_reentrant_checkpoints",
@@ -85,6 +87,13 @@ class TargetPass:
         stacked = {p: torch.stack(g) if len(g) > 1 else g[0][None] for p, g in zip(self.params, zip(*rows))}  # noqa: B905
         return torch.stack(losses), stacked
 
+    def pieces(self) -> Iterator[tuple[Tensor, dict[Parameter, Tensor]]]:
+        """`gradients` of one target after the other, for those who do not hold them as they come."""
+        for name, target in self.targets.items():
+            with undisturbed(self.model), torch.enable_grad():
+                loss, gradient = self._gradient(name, target)
+            yield loss[None], {p: g[None] for p, g in zip(self.params, gradient, strict=True)}
+
     def hessian_products(self, direction: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """`{parameter: [targets, *shape]}`: each target's Hessian times one direction, by differentiating twice.
 
@@ -93,7 +102,7 @@ class TargetPass:
                 that has one.
         """
         rows = []
-        with undisturbed(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _eagerly():
+        with undisturbed(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eagerly():
             for name, target in self.targets.items():
                 parts = [self._hessian_product(name, target, batch, direction) for batch in target.batches]
                 rows.append([torch.stack(p).sum(0) for p in zip(*parts, strict=True)])
@@ -125,11 +134,7 @@ class TargetPass:
         share = 1 / len(target.batches)
         for batch in self._batches(name, target):
             loss = self._loss(name, target, batch) * share
-            if not loss.requires_grad:
-                raise InputError(
-                    f"target {name!r}: its loss does not depend on the model's parameters; "
-                    "compute it from the model's outputs."
-                )
+            refuse_constant(name, loss)
             found = torch.autograd.grad(loss, self.params, allow_unused=True)
             gradient = [
                 torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)
@@ -165,8 +170,21 @@ class TargetPass:
         return loss.reshape(())
 
 
+def refuse_constant(name: str, loss: Tensor) -> None:
+    """Say that a target's loss has no gradient.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not loss.requires_grad:
+        raise InputError(
+            f"target {name!r}: its loss does not depend on the model's parameters; "
+            "compute it from the model's outputs."
+        )
+
+
 @contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """Compiled models run eagerly inside: what a compiler makes cannot be differentiated twice."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
         yield

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from assay.capture.contraction import directional, per_sample_products
 from assay.capture.layout import Layout
-from assay.capture.marks import Directions, Weight, directional_derivative
+from assay.capture.marks import directional_derivative
 
 __all__ = [
     "Apart",
@@ -28,7 +28,6 @@ __all__ = [
     "Lookup",
     "Outer",
     "apart_from",
-    "contract",
 ]
 
 
@@ -250,19 +249,3 @@ def apart_from(factors: Factors, storages: Container[int]) -> Factors:
     if all(copies[name] is held[name] for name in held):
         return factors
     return replace(factors, **copies)  # type: ignore[type-var]
-
-
-def contract(kept: list[tuple[Weight, Factors]], directions: Directions, like: Tensor) -> Tensor:
-    """`[groups, targets, B]`: the inner products of kept gradients with directions that became known later.
-
-    Args:
-        kept: what the capture kept of one micro-batch.
-        directions: `{parameter: [targets, *shape]}`.
-        like: the micro-batch's own scores, `[groups, any, B]`.
-    """
-    targets = next(iter(directions.values())).shape[0]
-    scores = like.new_zeros(like.shape[0], targets, like.shape[2])
-    for weight, factors in kept:
-        for group, pushed in weight.push(directions).items():
-            scores[group] += factors.dot(pushed)
-    return scores

@@ -36,6 +36,7 @@ from assay.capture.call import (
 )
 from assay.capture.coverage import Coverage
 from assay.capture.factors import Factors, apart_from
+from assay.capture.held import Held, number_of
 from assay.capture.layout import Layout
 from assay.capture.marks import (
     CONSTANT,
@@ -49,6 +50,7 @@ from assay.capture.marks import (
     rows_looked_up,
 )
 from assay.capture.probe import WHOLE, Explain, Observe, ObserveInPlace, Use
+from assay.capture.products import products, through_pairs
 from assay.capture.room import Room
 from assay.capture.rounding import rounded
 from assay.capture.tokens import ByToken, positions_in
@@ -117,7 +119,7 @@ class Capture(TorchFunctionMode):
         self.takes: list[Callable[[Weight, Factors, slice], None]] = []
         self.looking: Callable[[Weight, Factors], None] | None = None
         some = next(iter(weights.params))
-        targets = next(iter(directions.values())).shape[0] if directions else 1
+        targets = number_of(directions) if directions else 1
         dtype = torch.promote_types(some.dtype, torch.float32)
         shape = (weights.number_of_groups, targets, batch)
         self.probe = torch.zeros(shape, dtype=dtype, device=some.device, requires_grad=True)
@@ -409,12 +411,21 @@ class Capture(TorchFunctionMode):
         self.kept.append((weight, rounded(factors) if self.rounded else factors))
 
     def directions_of(self, weight: Weight) -> dict[int, Tensor]:
-        """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight."""
+        """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight.
+
+        What is held in another form is written out for each use and not kept.
+        """
         if self.directions is None:
             return {}
+        if isinstance(self.directions, Held):
+            return weight.push(self.directions)
         if weight not in self._pushed:
             self._pushed[weight] = weight.push(self.directions)
         return self._pushed[weight]
+
+    def products_by_pairs(self, weight: Weight, factors: Factors) -> dict[int, Tensor] | None:
+        """`{group: [targets, B]}` without writing a direction out; None where that takes longer."""
+        return through_pairs(weight, factors, self.directions, rides=True)
 
     def own_kept(self, gradients: Iterable[Tensor]) -> None:
         """After the backward pass: nothing that is kept shares memory with these, the parameters' gradients."""
@@ -441,6 +452,10 @@ class Capture(TorchFunctionMode):
             self.hand_on(weight, factors)
             if self.keeps(weight):
                 self.keep(weight, factors)
+            if isinstance(self.directions, Held):
+                for group, found in products(weight, factors, self.directions).items():
+                    scores[group] += found
+                continue
             for group, directions in self.directions_of(weight).items():
                 scores[group] += factors.dot(directions)
         return scores

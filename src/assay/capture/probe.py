@@ -43,6 +43,10 @@ class Recorder(Protocol):
         """`{group: [targets, *weight.shape]}`."""
         ...
 
+    def products_by_pairs(self, weight: Weight, factors: Factors) -> dict[int, Tensor] | None:
+        """`{group: [targets, B]}` without writing a direction out; None where that takes longer."""
+        ...
+
     def keeps(self, weight: Weight) -> bool:
         """Whether the per-sample gradients of this weight are kept for a later contraction."""
         ...
@@ -208,14 +212,18 @@ def _weight_backward(
         recorder.keep(weight, Outer(x, gy, ctx.layout, ctx.transposed))
     if weight is not None:
         recorder.hand_on(weight, Outer(x, gy, ctx.layout, ctx.transposed))
-    groups = recorder.directions_of(weight) if weight is not None else {}
+    outer = Outer(x, gy, ctx.layout, ctx.transposed)
+    short = recorder.products_by_pairs(weight, outer) if weight is not None else None
+    for group, products in (short or {}).items():
+        scores[group] += products
+    groups = recorder.directions_of(weight) if weight is not None and short is None else {}
     if len(groups) == 1:
         ((group, directions),) = groups.items()
         gw, products = weight_gradient_and_products(a, b, ctx.layout, directions)
         scores[group] += products
         return gw
     for group, directions in groups.items():
-        scores[group] += Outer(x, gy, ctx.layout, ctx.transposed).dot(directions)
+        scores[group] += outer.dot(directions)
     return b.reshape(-1, b.shape[-1]).t() @ a.reshape(-1, a.shape[-1])
 
 

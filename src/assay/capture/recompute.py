@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from assay.capture.coverage import Coverage
 from assay.capture.fallback import Boundary
+from assay.capture.held import number_of
 from assay.capture.marks import Directions
 from assay.capture.mode import Capture
 from assay.capture.passes import Pass, differentiable, recorded, surroundings
@@ -101,7 +102,7 @@ class Recompute:
                 "parameters lie outside of that (a loss that reads a weight, a submodule called on its own); move "
                 "them into forward(), or choose memory='keep'."
             )
-        targets = next(iter(directions.values())).shape[0]
+        targets = number_of(directions)
         scores = like.new_zeros(like.shape[0], targets, like.shape[2])
         for record in self.passes:
             capture = Capture(

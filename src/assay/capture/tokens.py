@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.capture.factors import Directional, Elementwise, Factors, Lookup, Outer
+from assay.capture.held import number_of
 from assay.capture.layout import Layout, refuse_rows_of_nobody
 from assay.capture.marks import Directions, Weight, directional_derivative
 
@@ -59,7 +60,7 @@ def contract_by_token(
         like: the micro-batch's own scores, `[groups, any, B]`.
         positions: the capture's `positions`.
     """
-    targets = next(iter(directions.values())).shape[0]
+    targets = number_of(directions)
     scores = like.new_zeros(like.shape[0], targets, like.shape[2], positions + 1)
     for weight, factors in kept:
         placed = factors if isinstance(factors, ByToken) else ByToken(factors, None)

@@ -100,6 +100,10 @@ class DividedTargetPass(TargetPass):
             gradients = dict(zip(gradients, self.group.total_of_all(list(gradients.values())), strict=True))
         return self._total(losses), gradients
 
+    def pieces(self) -> Iterator[tuple[Tensor, dict[Parameter, Tensor]]]:
+        """All at once: the processes compute them side by side."""
+        yield self.gradients()
+
     def hessian_products(self, direction: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """`{parameter: [targets, *shape]}`, each process with all batches."""
         return TargetPass(self.model, self.targets, self.params).hessian_products(direction)

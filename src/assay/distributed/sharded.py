@@ -18,13 +18,14 @@ from torch.nn import Module, Parameter
 
 from assay.capture import contract
 from assay.capture.factors import Dense, Factors, Lookup, Outer
+from assay.capture.held import number_of
 from assay.capture.marks import Directions, Weight
 from assay.distributed.group import Group
 from assay.distributed.kinds import is_sharded
 from assay.distributed.processes import local
 from assay.distributed.shards import cut, gather, groups_of
 from assay.errors import InputError
-from assay.targets import Target, TargetPass, undisturbed
+from assay.targets import Target, TargetPass, refuse_constant, undisturbed
 
 __all__ = ["Sharded"]
 
@@ -119,7 +120,7 @@ class Sharded(Group):
         A score is linear in the directions, so they are gathered one parameter at a time, in the same order in every
         process whatever its samples used.
         """
-        targets = next(iter(directions.values())).shape[0]
+        targets = number_of(directions)
         scores = like.new_zeros(like.shape[0], targets, like.shape[2])
         needed = self._values_needed(kept)
         for k, group in enumerate(self.groups):
@@ -217,6 +218,10 @@ class ShardedTargetPass(TargetPass):
             p: torch.stack(g) for p, g in zip(self.params, zip(*rows, strict=True), strict=True)
         }
 
+    def pieces(self) -> Iterator[tuple[Tensor, dict[Parameter, Tensor]]]:
+        """All at once: the processes compute them side by side."""
+        yield self.gradients()
+
     def hessian_products(self, direction: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """Refused: torch gives the gathered parameters back before a second derivative could read them."""
         raise InputError("fully_shard has no second derivatives; choose path='trapezoid'.")
@@ -232,11 +237,7 @@ class ShardedTargetPass(TargetPass):
         total = self._nothing()
         for batch, weight in self._dealt(target):
             loss = self._loss(name, target, batch) * weight
-            if not loss.requires_grad:
-                raise InputError(
-                    f"target {name!r}: its loss does not depend on the model's parameters; "
-                    "compute it from the model's outputs."
-                )
+            refuse_constant(name, loss)
             (loss / self.group.share).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.capture.held import total
 from assay.capture.marks import Directions
 from assay.capture.rounding import rounded
 from assay.distributed import local
@@ -59,12 +60,12 @@ class Correction:
 
     def corrected(self, gradient: Directions) -> list[Tensor]:
         """`[targets, B]` by micro-batch, for the mean gradient Ḡ along the step."""
-        apart = {p: g - self.left[p] for p, g in gradient.items()}
+        apart = total([(1.0, gradient), (-1.0, self.left)])
         processes = self.step.processes
         found = self.step.values(apart)
-        total = processes.whole(torch.stack([along(apart[p], x) for p, x in self.own.items()]).sum(0))
+        whole = processes.whole(torch.stack([along(apart[p], x) for p, x in self.own.items()]).sum(0))
         sizes = [x.square() for x in found]
         sums = torch.stack([torch.stack([x.sum(1) for x in some]).sum(0) for some in (found, sizes)])
         seen, size = processes.total(sums)  # [targets] each
-        pull = torch.where(size > 0, (total - seen) / size, 0.0)[:, None]
+        pull = torch.where(size > 0, (whole - seen) / size, 0.0)[:, None]
         return [v + x + pull * s for v, x, s in zip(self.values, found, sizes, strict=True)]

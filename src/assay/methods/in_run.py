@@ -23,6 +23,7 @@ from typing import Any
 
 from assay.errors import InputError
 from assay.methods.base import Context
+from assay.methods.gradient import FORMS
 from assay.methods.quadrature import Quadrature
 from assay.methods.session import InRunSession
 from assay.targets import Target
@@ -61,6 +62,15 @@ class InRunShapley:
             saves that share of the validation passes. The losses between are not known, so that the account has one row
             per block of steps, at its last one; the table "refresh" says how far values by a gradient of that age are
             from fresh ones. Needs path="left" and momentum="instant".
+        target_gradient: how a target's gradient, a copy of the weights, is held until it is contracted. "full": as
+            autograd gives it. "bfloat16": in half the memory, widened one parameter at a time; values are off by about
+            1e-3 of their spread. "cpu": in pinned host memory, brought back one parameter at a time while the one
+            before it is read; on a CPU nothing moves. "factors": for linear layers and embeddings the activations and
+            output gradients of the validation pass, wherever these are smaller than the gradient (few validation
+            positions, wide layers), contracted with the samples' own or written out one parameter at a time; exact,
+            in one process, a compiled model's validation pass runs eagerly, not with "hessian". All but "full" also
+            save the copy that the optimizer's preconditioner makes of it, at the price of forming that again for
+            every micro-batch.
         tolerance: the largest |residual| / |actual| of a step that is left alone; other steps get more points (with
             "trapezoid" and "simpson"). The ledger's table "quadrature" says how many.
         max_points: no step gets more points than this.
@@ -93,6 +103,7 @@ class InRunShapley:
         sketch: int = 4093,
         band: tuple[float, float] = (0.8, 1.25),
         refresh: int = 1,
+        target_gradient: str = "full",
     ) -> None:
         self.targets = {"target": targets} if isinstance(targets, Target) else dict(targets)
         if not self.targets:
@@ -114,6 +125,12 @@ class InRunShapley:
             )
         self.memory = _choice("memory", memory, MEMORY)
         _check_memory(memory, path, momentum, granularity)
+        self.target_gradient = _choice("target_gradient", target_gradient, FORMS)
+        if target_gradient == "factors" and path == "hessian":
+            raise InputError(
+                "InRunShapley(target_gradient='factors', path='hessian'): a Hessian's product has no factors of the "
+                "validation pass; choose path='trapezoid', or target_gradient='bfloat16'."
+            )
         if tolerance is not None and path not in ("trapezoid", "simpson"):
             raise InputError(
                 f"InRunShapley(tolerance={tolerance!r}) cannot be met by path={path!r}, which takes no further points; "
@@ -156,6 +173,8 @@ class InRunShapley:
         }
         if self.memory != "keep":
             settings["memory"] = self.memory
+        if self.target_gradient != "full":
+            settings["target_gradient"] = self.target_gradient
         if self.refresh > 1:
             settings["refresh"] = self.refresh
         if self.granularity != "sample":

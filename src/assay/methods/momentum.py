@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from assay.capture.factors import Dense, Directional, Lookup, Outer
+from assay.capture.held import scaled
 from assay.capture.marks import Directions
 from assay.distributed import local
 from assay.methods.line import placed
@@ -196,10 +197,7 @@ def shared(
     weights: Mapping[Parameter, Tensor],
 ) -> list[Late]:
     """κ_{t,s} lr_t c_s Ḡᵀ P g_i(s) for the samples of one earlier step, from their kept gradients."""
-    directions = {
-        p: g * (through[p] * kappas[p]) if p in kappas and p in through else torch.zeros_like(g)
-        for p, g in gradient.items()
-    }
+    directions = scaled(gradient, lambda p: through[p] * kappas[p] if p in kappas and p in through else None)
     factor = step.lr * past.scale / past.loss_scale
     late: list[Late] = []
     with placed(weights) if weights else nullcontext():

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.capture.held import total
+from assay.capture.marks import Directions
 from assay.distributed import OneProcess
 from assay.methods.line import Line
 from assay.methods.step import along
 
 __all__ = ["Integral", "Quadrature"]
-
-Gradient = dict[Parameter, Tensor]  # {parameter: [targets, *shape]}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Integral:
         seconds: that the points between the ends took.
     """
 
-    gradient: Gradient
+    gradient: Directions
     points: int
     met: bool
     seconds: float
@@ -60,11 +60,11 @@ class Quadrature:
     def integrate(
         self,
         line: Line,
-        left: Gradient,
-        right: Gradient,
+        left: Directions,
+        right: Directions,
         drop: Tensor,
         rounding: Tensor,
-        passes: Callable[[], Gradient],
+        passes: Callable[[], Directions],
         processes: OneProcess,
     ) -> Integral:
         """Integrate along one step.
@@ -102,32 +102,37 @@ class Quadrature:
 class _Composite:
     """The trapezoidal rule on one interval; composite Simpson on 2, 4, 8, … of them."""
 
-    def __init__(self, line: Line, left: Gradient, right: Gradient, passes: Callable[[], Gradient]) -> None:
+    def __init__(
+        self, line: Line, left: Directions, right: Directions, passes: Callable[[], Directions]
+    ) -> None:
         self.line, self.passes = line, passes
-        self.ends = {p: left[p] + right[p] for p in left}
-        self.inner: Gradient = {}  # Σ of ∇ℓ over the inner points
-        self.mean = {p: 0.5 * e for p, e in self.ends.items()}
+        self.ends = total([(1.0, left), (1.0, right)])
+        self.inner: Directions | None = None  # Σ of ∇ℓ over the inner points
+        self.mean = total([(0.5, self.ends)])
         self.points, self.seconds = 2, 0.0
 
     def halve(self) -> None:
         """Cut every interval in two: one gradient at each of the new points."""
         started = time.perf_counter()
         intervals = 2 * (self.points - 1)
-        odd: Gradient = {}
+        odd: Directions | None = None
         for j in range(1, intervals, 2):
             with self.line.at(j / intervals):
-                found = self.passes()
-            odd = {p: odd[p].add_(g) for p, g in found.items()} if odd else found
-        weighted = {p: e + 4 * odd[p] for p, e in self.ends.items()}
-        if self.inner:
-            weighted = {p: g + 2 * self.inner[p] for p, g in weighted.items()}
-        self.mean = {p: g / (3 * intervals) for p, g in weighted.items()}
-        self.inner = {p: self.inner[p] + g for p, g in odd.items()} if self.inner else odd
+                odd = _plus(odd, self.passes())
+        assert odd is not None
+        third = 1 / (3 * intervals)
+        inner = [] if self.inner is None else [(2 * third, self.inner)]
+        self.mean = total([(third, self.ends), (4 * third, odd), *inner])
+        self.inner = _plus(self.inner, odd)
         self.points = intervals + 1
         self.seconds += time.perf_counter() - started
 
 
-def _drop_of(gradient: Gradient, moved: Mapping[Parameter, Tensor]) -> Tensor:
+def _plus(a: Directions | None, b: Directions) -> Directions:
+    return b if a is None else total([(1.0, a), (1.0, b)])
+
+
+def _drop_of(gradient: Directions, moved: Mapping[Parameter, Tensor]) -> Tensor:
     """`[targets]`: the drop that a mean gradient explains, ⟨Ḡ, w_t − w_{t+1}⟩."""
     parts = [along(g, moved[p]) for p, g in gradient.items() if p in moved]
     return torch.stack(parts).sum(0) if parts else torch.zeros(())

@@ -21,18 +21,20 @@ from typing import TYPE_CHECKING
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from assay.capture.held import joined, scaled, total
+from assay.capture.marks import Directions
 from assay.capture.recompute import Recompute
 from assay.errors import InputError
 from assay.methods.base import Context, Demand, MicroBatch
 from assay.methods.booking import Aged, Booking, Books
 from assay.methods.correction import Correction
+from assay.methods.gradient import TargetGradients
 from assay.methods.hessian import HessianProducts
 from assay.methods.line import Line
 from assay.methods.momentum import ExactTail, Tail, default_horizon, read_weights
 from assay.methods.sketch import SketchTail
-from assay.methods.step import Step, read_step, times
+from assay.methods.step import Step, read_step
 from assay.optimizers import OptimizerModel
 from assay.optimizers.adafactor import Adafactor
 from assay.optimizers.scalars import Multiple
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["InRunSession"]
 
-Gradient = dict[Parameter, Tensor]
 COMPARED = 16  # of so many refreshed gradients one is compared with that before it
 
 
@@ -54,7 +55,7 @@ class _Open:
     step: Step
     booking: Booking
     line: Line
-    left: Gradient
+    left: Directions
     correction: Correction | None
 
 
@@ -66,7 +67,10 @@ class InRunSession:
         self.params = context.weights.params
         self.processes = context.processes
         _check_processes(method, self.processes, context.optimizer)
-        self.passes = self.processes.target_pass(method.targets, self.params)
+        self.gradients = TargetGradients(
+            method.target_gradient, self.processes, method.targets, context.weights
+        )
+        self.passes = self.gradients.passes
         self.books = Books(context.writer, method.target_names, method.band, method.path)
         self.seconds = 0.0
         self._hessian = HessianProducts(self.passes)
@@ -86,8 +90,8 @@ class InRunSession:
         self._open: _Open | None = None
         self._age = 0  # steps that were valued by the gradient at hand; 0 wants a new one
         self._refreshes = 0
-        self._older: Gradient | None = None
-        self.left: Gradient = {}
+        self._fresh: Directions | None = None  # of a step that is valued by an older gradient as well
+        self.left: Directions = {}
         self._first = True
 
     def _make_tail(self) -> Tail | None:
@@ -106,16 +110,15 @@ class InRunSession:
     def begin_step(self, step: int) -> Demand:
         """Take ∇ℓ_val(w_t); it closes the account of the step before. With `refresh`, of the block of steps before."""
         started = time.perf_counter()
-        self._older = None
+        self._fresh = None
         if self._age % self.method.refresh == 0:
             older = self.left if self._compares() else None
-            self.losses, self.left = self.passes.gradients()
+            self.losses, self.left = self.gradients.take()
             if self._first:
                 self._check_losses()
             self._arrive(self.losses, self.left)
             if older is not None:  # the step is valued by both, to say what their age does
-                self._older = older
-                self.left = {p: torch.cat([g, older[p]]) for p, g in self.left.items()}
+                self._fresh, self.left = self.left, joined([self.left, older])
             self._age = 0
             self._refreshes += 1
         self._age += 1
@@ -137,7 +140,7 @@ class InRunSession:
         method, reduced = self.method, self.method.memory == "reduced"
         if self._rides or (self._early and reduced):
             gains = {param: self.context.optimizer.previous_gain(param) for param in self.params}
-            directions = {p: times(self.left[p], gain) for p, gain in gains.items() if gain is not None}
+            directions = scaled(self.left, gains.get, [p for p, gain in gains.items() if gain is not None])
             return Demand(directions) if self._rides else Demand(directions, keep=self.params, rounded=True)
         if method.memory == "recompute":
             model, weights = self.context.model, self.context.weights
@@ -179,7 +182,7 @@ class InRunSession:
         values = step.riding_values() if self._early else step.values(self.left)
         return Correction.of(step, self.left, values, lr)
 
-    def _second_order(self, step: Step) -> Gradient:
+    def _second_order(self, step: Step) -> Directions:
         """∇ℓ − ½ H u with u = w_t − w_{t+1}, the step about to be taken."""
         u = {}
         for p, gain in step.gains.items():
@@ -189,11 +192,10 @@ class InRunSession:
             assert not isinstance(carried, Multiple)  # of a step whose values rode
             assert not isinstance(decayed, Multiple)
             u[p] = (lr * gain * p.grad + carried + decayed).expand_as(p)
-        curved = self._hessian(u)
-        return {p: g - 0.5 * curved[p] for p, g in self.left.items()}
+        return total([(1.0, self.left), (-0.5, self.gradients.again(self._hessian(u)))])
 
     def _settle(
-        self, step: Step, booking: Booking, gradient: Gradient, correction: Correction | None = None
+        self, step: Step, booking: Booking, gradient: Directions, correction: Correction | None = None
     ) -> None:
         """The step's values and the account's lines, all from one mean gradient along it; the weights are w_t."""
         if self.method.granularity == "token":
@@ -210,7 +212,7 @@ class InRunSession:
 
     def _book(self, booking: Booking) -> None:
         """A valued step: what other processes book for it counts in its account."""
-        if self._older is not None:
+        if self._fresh is not None:
             self._compare(booking)
         values = torch.stack([found.sum(1).double() for found in booking.values])
         late = torch.stack(
@@ -229,9 +231,13 @@ class InRunSession:
         booking.aged = Aged(self.method.refresh, fresh, stale)
         booking.values, booking.tokens = fresh, [found[:n] for found in booking.tokens]
         booking.carried, booking.decayed = booking.carried[:n], booking.decayed[:n]
-        self.left, self._older = {p: g[:n].clone() for p, g in self.left.items()}, None
+        self._keep_fresh()
 
-    def _arrive(self, losses: Tensor, right: Gradient | None = None) -> None:
+    def _keep_fresh(self) -> None:
+        if self._fresh is not None:
+            self.left, self._fresh = self._fresh, None
+
+    def _arrive(self, losses: Tensor, right: Directions | None = None) -> None:
         """The weights stand at the end of the last step: complete its booking.
 
         Args:
@@ -253,7 +259,7 @@ class InRunSession:
             booking.after, booking.joins = losses, booking is not waiting[-1]
         self._age = 0
 
-    def _value(self, open_: _Open, losses: Tensor, right: Gradient) -> None:
+    def _value(self, open_: _Open, losses: Tensor, right: Directions) -> None:
         """Value a step by the mean gradient along its line, of which the weights stand at the end."""
         open_.line.end()
         drop = open_.booking.before - losses
@@ -263,7 +269,7 @@ class InRunSession:
             right,
             drop,
             _rounding(losses),
-            lambda: self.passes.gradients()[1],
+            lambda: self.gradients.take()[1],
             self.processes,
         )
         booking = open_.booking
@@ -275,9 +281,7 @@ class InRunSession:
     def skipped(self, step: int) -> None:
         """Nothing moved: an empty row that says so."""
         gap = torch.zeros((), device=self.losses.device)
-        if self._older is not None:
-            n = len(self.method.target_names)
-            self.left, self._older = {p: g[:n].clone() for p, g in self.left.items()}, None
+        self._keep_fresh()
         self._bookings.append(Booking(step, self.losses, gap, after=self.losses, status="skipped"))
 
     def unattended_update(self) -> None:
@@ -290,7 +294,7 @@ class InRunSession:
     def _finish(self) -> None:
         """Complete the last step's booking without a next step."""
         if self._open is not None:
-            self._arrive(*self.passes.gradients())
+            self._arrive(*self.gradients.take())
         elif any(booking.after is None for booking in self._bookings):
             self._arrive(self.passes.losses())
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from assay.capture.factors import Dense, Factors, Lookup, Outer
+from assay.capture.held import scaled
 from assay.capture.marks import Directions, Weight
 from assay.methods.base import MicroBatch
 from assay.methods.momentum import (
@@ -39,7 +40,7 @@ from assay.methods.momentum import (
     read_weights,
     shared,
 )
-from assay.methods.step import Step, times
+from assay.methods.step import Step
 from assay.optimizers import OptimizerModel
 
 __all__ = ["SketchTail"]
@@ -259,7 +260,9 @@ class _Cache:
         self.tail = tail
         own = {} if tail.optimizer.buffer_is_preconditioned else through
         group = tail.optimizer.group_index
-        self.directions = {p: times(gradient[p], own.get(p, 1.0)) * step.lr[group(p)] for p in step.counts}
+        self.directions = scaled(
+            gradient, lambda p: own.get(p, 1.0) * step.lr[group(p)], step.counts, diagonal=True
+        )
         self._units: dict[int, Tensor] = {}  # by the R that divides it
 
     def __call__(self, kappas: Mapping[Parameter, float], balance: Through) -> Tensor:
@@ -269,8 +272,8 @@ class _Cache:
             if id(balance) not in self._units:
                 self._units[id(balance)] = self.tail.fold_directions(self.directions, balance)
             return self._units[id(balance)] * values.pop()
-        scaled = {p: d * kappas.get(p, 0.0) for p, d in self.directions.items()}
-        return self.tail.fold_directions(scaled, balance)
+        weighted = scaled(self.directions, lambda p: kappas.get(p, 0.0), diagonal=True)
+        return self.tail.fold_directions(weighted, balance)
 
 
 def times_signs(signs: Tensor, gain: Tensor | float) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from assay.capture.held import Held, Scaled, multiplied, number_of, scaled
 from assay.capture.marks import Directions
 from assay.capture.recompute import Recompute
 from assay.capture.tokens import contract_by_token
@@ -17,7 +19,7 @@ from assay.methods.base import MicroBatch
 from assay.optimizers import OptimizerModel
 from assay.optimizers.scalars import Multiple
 
-__all__ = ["Step", "along", "read_step", "times"]
+__all__ = ["Step", "along", "read_step"]
 
 
 PIECE = 1 << 16  # entries of a parameter that are read at once: what is made of them stays in the cache
@@ -35,7 +37,7 @@ class Folded:
     """
 
     gradient: Directions
-    directions: dict[Parameter, Tensor]
+    directions: Directions
     carried: Tensor
     decayed: Tensor
 
@@ -97,15 +99,12 @@ class Step:
         scores = [contract_by_token(b.kept, directions, b.scores, b.positions) for b in self.batches]
         return [torch.einsum("g,gnbt->nbt", factor.to(found), found) for found in scores]
 
-    def _directions(self, gradient: Directions) -> dict[Parameter, Tensor]:
+    def _directions(self, gradient: Directions) -> Directions:
         """K_t ∇ℓ / lr; zero for parameters that do not move."""
         if self.folded is not None:
             assert gradient is self.folded.gradient
             return self.folded.directions
-        return {
-            p: times(g, self.gains[p]) if p in self.gains else torch.zeros_like(g)
-            for p, g in gradient.items()
-        }
+        return scaled(gradient, self.gains.get)
 
     def carried_by(self, gradient: Directions) -> Tensor:
         """`[targets]`: ⟨∇ℓ, carried⟩."""
@@ -171,36 +170,43 @@ def read_step(
 
 def _folded(optimizer: OptimizerModel, gradient: Directions) -> Folded:
     """Read the step and what it makes of a gradient, a piece at a time on a CPU."""
-    some = next(iter(gradient.values()))
-    targets = some.shape[0]
+    some, targets = next(iter(gradient)), number_of(gradient)
     wide = torch.promote_types(some.dtype, torch.float32)
     sums = torch.zeros(2, targets, dtype=wide, device=some.device)  # carried, decayed
-    directions: dict[Parameter, Tensor] = {}
+    if isinstance(gradient, Held):  # K ⊙ ∇ℓ would be a copy of the weights again: formed when it is read
+        for p in gradient:
+            if p.grad is not None:
+                split, G = optimizer.split(p), gradient[p]
+                sums[0] += along(G, split.carried).to(sums)
+                sums[1] += along(G, split.decayed).to(sums)
+        directions = Scaled(gradient, partial(_gain, optimizer), diagonal=optimizer.preconditioned)
+        return Folded(gradient, directions, sums[0], sums[1])
+    written: dict[Parameter, Tensor] = {}
     for p, G in gradient.items():
         if p.grad is None:
-            directions[p] = torch.zeros_like(G)
+            written[p] = torch.zeros_like(G)
             continue
         rows = G.reshape(targets, -1)
         size = PIECE if p.device.type == "cpu" else p.numel()
         if p.numel() <= size:
             split = optimizer.split(p)
-            directions[p] = times(G, split.gain)
+            written[p] = multiplied(G, split.gain)
             sums[0] += along(G, split.carried).to(sums)
             sums[1] += along(G, split.decayed).to(sums)
             continue
         made = torch.empty_like(rows)
         for part, split in optimizer.pieces(p, size):
             own = rows[:, part]
-            made[:, part] = times(own, split.gain)
+            made[:, part] = multiplied(own, split.gain)
             sums[0] += along(own, split.carried).to(sums)
             sums[1] += along(own, split.decayed).to(sums)
-        directions[p] = made.view(G.shape)
-    return Folded(gradient, directions, sums[0], sums[1])
+        written[p] = made.view(G.shape)
+    return Folded(gradient, written, sums[0], sums[1])
 
 
-def times(direction: Tensor, gain: Tensor | float) -> Tensor:
-    """`[targets, *shape]`: K ⊙ ∇ℓ."""
-    return direction if isinstance(gain, float) and gain == 1.0 else direction * gain
+def _gain(optimizer: OptimizerModel, param: Parameter) -> Tensor | float | None:
+    """K_t / lr, in the optimizer's pre-hook."""
+    return None if param.grad is None else optimizer.split(param).gain
 
 
 def along(direction: Tensor, moved: Tensor | Multiple | float) -> Tensor:
@@ -234,5 +240,7 @@ def _weighted(factor: Tensor, scores: Tensor) -> Tensor:
 def _total(gradient: Directions, moved: Mapping[Parameter, Tensor | Multiple | float]) -> Tensor:
     still = 0.0  # what does not move at all
     parts = [along(gradient[p], m) for p, m in moved.items() if not isinstance(m, float) or m != still]
-    some = next(iter(gradient.values()))
-    return torch.stack(parts).sum(0) if parts else some.new_zeros(some.shape[0])
+    if parts:
+        return torch.stack(parts).sum(0)
+    some = next(iter(gradient))
+    return torch.zeros(number_of(gradient), dtype=some.dtype, device=some.device)

@@ -23,6 +23,7 @@ from torch.nn import Module, Parameter
 from assay.capture.compiled.reasons import CannotCompileError
 from assay.capture.compiled.slots import Form, Receive, Slot, taken_apart
 from assay.capture.compiled.trace import Again, Setting, TracedCapture, follow_graph
+from assay.capture.held import Held
 from assay.capture.marks import Data, Mark, Weight
 from assay.capture.mode import Capture
 from assay.errors import CoverageError
@@ -233,8 +234,9 @@ def _directions(
     """The directions of the weights at these positions; a compiler relies on their strides."""
     if capture.directions is None:
         return []
-    marks = capture.weights.marks
-    return [(k, capture.directions[marks[id(inputs[k])].params[0]].contiguous()) for k in positions]
+    marks, held = capture.weights.marks, capture.directions
+    read = held.stored if isinstance(held, Held) else held.__getitem__
+    return [(k, read(marks[id(inputs[k])].params[0]).contiguous()) for k in positions]
 
 
 def _wrapped(

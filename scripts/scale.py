@@ -88,8 +88,9 @@ TAIL = """## What follows from it
 - In-run values are the only method whose disk does not grow with the model: a dozen bytes per sample and 8 per target.
   Their work is the targets' passes, so it falls with the tokens of an optimizer step: a target is a fixed price per
   step, and the ratio of its rows to the batch's is the overhead.
-- Memory is the in-run method's limit: one gradient of the model's size per target, and for all but `left` under SGD
-  the step's per-sample factors until they can be valued. `memory=` chooses between keeping them and other ways.
+- Memory is the in-run method's limit: gradients of the model's size for each target, and for all but `left` under SGD
+  the step's per-sample factors until they can be valued. `memory=` chooses between keeping them and other ways,
+  `target_gradient=` between ways to hold the targets' gradients ([what each takes](performance.md)).
 - Embeddings and the index grow with samples × rank²: at 10 T tokens they are petabytes for the large models. Take a
   smaller rank, fewer layers, int8 rows, or a part of the corpus; the arithmetic is linear in all of them.
 - The exact adjoint costs a few times the training. It is a yardstick for small runs and for parts of large ones, not

@@ -23,6 +23,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
 import assay
+from assay.capture import factored
 from assay.capture.compiled import parts, slots
 from assay.capture.factors import Directional, Outer
 from assay.capture.layout import Layout
@@ -211,6 +212,17 @@ def test_statistics_of_batch_normalisation_move_once() -> None:
 def test_paths_that_wait_for_the_step(path: str) -> None:
     found = trained(torch.compile(built(), backend="aot_eager"), path=path)
     assert_same(found, trained(built(), path=path))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])
+@pytest.mark.parametrize("form", ["bfloat16", "cpu", "factors"])
+def test_forms_of_the_target_gradient(form: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are eagerly; the step stays compiled, and gets what is in bfloat16 as it is held."""
+    monkeypatch.setattr(factored, "_smaller", lambda *_: True)
+    options: dict[str, Any] = {"target_gradient": form, "optimizer": optimizer}
+    found = trained(torch.compile(built(), backend="aot_eager"), **options)
+    assert_same(found, trained(built(), **options))
+    assert counters["stats"]["unique_graphs"] >= 1
 
 
 @pytest.mark.parametrize("curvature", ["fisher", "ggn"])

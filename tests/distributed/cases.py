@@ -163,8 +163,11 @@ for kind in ("ddp", "fsdp"):
             clip=1.0,
         ),
         f"{kind}-rmsprop": Case(kind, optimizer=rmsprop, targets=(1,)),
+        f"{kind}-gradient-in-host-memory": Case(kind, {**TRAPEZOID, "target_gradient": "cpu"}, micro=2),
     }
 CASES |= {
+    "ddp-left-gradient-in-host-memory": Case("ddp", {"target_gradient": "cpu"}, optimizer=heavy, clip=0.05),
+    "fsdp-gradient-in-bfloat16": Case("fsdp", {"target_gradient": "bfloat16"}, targets=(1,)),
     "ddp-hessian": Case("ddp", {"path": "hessian"}, optimizer=heavy),
     "ddp-sketch": Case("ddp", {**TRAPEZOID, "momentum": "sketch", "sketch": 61, "horizon": 3}),
     "ddp-bucket-view": Case("ddp", TRAPEZOID, wrapper={"gradient_as_bucket_view": True}, micro=2),

@@ -53,6 +53,12 @@ def fsdp1_and_data_parallel(rank: int, size: int, out: Path) -> None:
 
 
 @refusal
+def factors_of_the_validation_batches(rank: int, size: int, out: Path) -> None:
+    with says(InputError, "target_gradient='factors'", "2 train together", "'bfloat16' or 'cpu'"):
+        start(wrapped(DDP, made(DDP)), target_gradient="factors")
+
+
+@refusal
 def tensor_parallelism(rank: int, size: int, out: Path) -> None:
     mesh = init_device_mesh("cpu", (size,))
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))

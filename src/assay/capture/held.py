@@ -236,8 +236,8 @@ def joined(parts: Sequence[Directions]) -> Directions:
     return {p: torch.cat([part[p] for part in parts]) for p in parts[0]}
 
 
-def total(parts: Sequence[tuple[float, Directions]]) -> Directions:
-    """`Σ_k c_k G_k`: formed now where all are tensors, and when it is read where one is held otherwise.
+def total(parts: Sequence[tuple[float, Directions]], over: float = 1) -> Directions:
+    """`Σ_k c_k G_k / over`: formed now where all are tensors, and when it is read where one is held otherwise.
 
     Example:
         >>> w = Parameter(torch.zeros(1))
@@ -245,8 +245,9 @@ def total(parts: Sequence[tuple[float, Directions]]) -> Directions:
         tensor([[7.]])
     """
     if any(isinstance(part, Held) for _, part in parts):
-        return Sum(parts)
-    return {p: _added([(factor, part[p]) for factor, part in parts]) for p in parts[0][1]}
+        return Sum([(factor / over, part) for factor, part in parts])
+    made = {p: _added([(factor, part[p]) for factor, part in parts]) for p in parts[0][1]}
+    return made if over == 1 else {p: g / over for p, g in made.items()}
 
 
 def scaled(

@@ -120,9 +120,8 @@ class _Composite:
             with self.line.at(j / intervals):
                 odd = _plus(odd, self.passes())
         assert odd is not None
-        third = 1 / (3 * intervals)
-        inner = [] if self.inner is None else [(2 * third, self.inner)]
-        self.mean = total([(third, self.ends), (4 * third, odd), *inner])
+        inner = [] if self.inner is None else [(2.0, self.inner)]
+        self.mean = total([(1.0, self.ends), (4.0, odd), *inner], over=3 * intervals)
         self.inner = _plus(self.inner, odd)
         self.points = intervals + 1
         self.seconds += time.perf_counter() - started

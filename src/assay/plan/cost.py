@@ -75,7 +75,13 @@ def training(shape: Shape, run: Training) -> Work:
 
 
 def in_run(
-    shape: Shape, run: Training, targets: int = 1, rows: float = 1, path: str = "left", rides: bool = True
+    shape: Shape,
+    run: Training,
+    targets: int = 1,
+    rows: float = 1,
+    path: str = "left",
+    rides: bool = True,
+    target_gradient: str = "full",
 ) -> Work:
     """In-Run Data Shapley (arXiv 2406.11011).
 
@@ -86,18 +92,46 @@ def in_run(
         rows: validation rows of each target.
         path: "left", "trapezoid", "simpson" or "hessian".
         rides: with "left": the inner products are formed inside the backward pass (SGD) and nothing is kept.
+        target_gradient: how the targets' gradients are held.
+
+    Example:
+        >>> from assay.plan.shape import KNOWN
+        >>> run = Training(1e9, 8192, 512)
+        >>> forms = ("full", "bfloat16", "cpu")
+        >>> [in_run(KNOWN["Llama-3-8B"], run, target_gradient=form).memory // 10**9 for form in forms]
+        [32.0, 18.0, 4.0]
     """
     passes = {"left": 1, "trapezoid": 1, "simpson": 2, "hessian": 1}[path]
     validation = 3 * shape.forward(run.context) * run.context * rows * targets * run.steps
     work = passes * validation
     if path == "hessian":
         work += 3 * validation  # forward 1, backward 2, and both products of each matrix's backward twice: 6
-    memory = 4.0 * shape.parameters * targets
-    if not (path == "left" and rides):
+    alone = path == "left" and rides
+    memory = targets * _held(shape, run, rows, path, alone, target_gradient)
+    if not alone:
         products, kept = _kept(shape, run)
         work += products * run.tokens * targets
         memory += kept
     return Work(work, run.samples * (LEDGER_ROW + 8 * targets), memory)
+
+
+def _held(shape: Shape, run: Training, rows: float, path: str, alone: bool, form: str) -> float:
+    """Bytes of a target's gradients where they are contracted.
+
+    In full: ∇ℓ; where the optimizer's K is not known before the backward pass K ⊙ ∇ℓ too; along a step the two ends and
+    their mean as well. In another form: ∇ℓ at each point, and one parameter written out (two, where one travels).
+    """
+    if form == "full":
+        return 4.0 * shape.parameters * (1 if alone else 2 if path == "left" else 4)
+    points = {"left": 1, "hessian": 2, "trapezoid": 2, "simpson": 3}[path]
+    largest = 4.0 * max(*(d * p for d, p, _ in shape.matrices), shape.looked_up)
+    if form == "cpu":
+        return 2 * largest
+    if form == "bfloat16":
+        return 2.0 * shape.parameters * points + largest
+    positions = rows * run.context
+    pairs = sum(n * min(4.0 * d * p, run.width * positions * (d + p)) for d, p, n in shape.matrices)
+    return (pairs + 4.0 * (shape.looked_up + shape.vectors)) * points + largest
 
 
 def _kept(shape: Shape, run: Training) -> tuple[float, float]:

@@ -149,6 +149,8 @@ class Attribution(Section):
         path: quadrature of the path integral.
         momentum: what becomes of the part of an update that earlier steps caused.
         refresh: take the held-out gradients anew every so many steps only; the account then has a row per block.
+        target_gradient: how the held-out gradients are held, each of them a copy of the weights: ``full``, ``bfloat16``
+            (half the memory), ``cpu`` (in host memory) or ``factors`` (exact; smaller for few held-out tokens).
         tolerance: refine the quadrature of a step until it explains the step's change up to this share.
         measure_every: compare with a plain step once in so many steps; 0 turns the comparison off.
         granularity: ``token`` also takes every value apart by token, which the report shows in the texts; documents
@@ -163,6 +165,7 @@ class Attribution(Section):
     path: str = "left"
     momentum: str = "instant"
     refresh: Annotated[int, Field(ge=1)] = 1
+    target_gradient: Literal["full", "bfloat16", "cpu", "factors"] = "full"
     tolerance: Annotated[float, Field(gt=0)] | None = None
     measure_every: Annotated[int, Field(ge=0)] = 40
     granularity: Literal["sample", "token"] = "sample"

@@ -88,11 +88,18 @@ def _methods(setup: Setup, shape: plan.Shape, run: plan.Training) -> dict[str, p
     """The configured way of valuing first, then what else could be asked for."""
     held_out = sum(batch.tokens.numel() for batch in setup.targets.values())
     rows = held_out / (len(setup.targets) * run.context)
-    paths = dict.fromkeys([setup.config.attribution.path, "left", "trapezoid", "simpson", "hessian"])
+    chosen = setup.config.attribution
+    paths = dict.fromkeys([chosen.path, "left", "trapezoid", "simpson", "hessian"])
+    targets, form = len(setup.targets), chosen.target_gradient
     found = {
-        f"in-run values, {path}": plan.in_run(shape, run, len(setup.targets), rows, path, rides=False)
+        f"in-run values, {path}": plan.in_run(shape, run, targets, rows, path, False, form)
         for path in paths
+        if (path, form) != ("hessian", "factors")  # refused
     }
+    for other in ("bfloat16", "cpu", "factors"):
+        if other != form and (chosen.path, other) != ("hessian", "factors"):
+            work = plan.in_run(shape, run, targets, rows, chosen.path, False, other)
+            found[f"in-run values, {chosen.path}, target_gradient: {other}"] = work
     found["embeddings, rank 16"] = plan.embeddings(shape, run, 16)
     found["index of the result, rank 64"] = plan.index(shape, run.tokens, run.context, 64, width=2)
     settings = snapshot_settings(setup.config.attribution.snapshots)

@@ -134,6 +134,7 @@ def train(config: Config, report: Callable[[Progress], None] = lambda progress: 
                 momentum=config.attribution.momentum,
                 tolerance=config.attribution.tolerance,
                 refresh=config.attribution.refresh,
+                target_gradient=config.attribution.target_gradient,
                 granularity=config.attribution.granularity,
             ),
             *_embedding(setup),

@@ -32,7 +32,7 @@ from assay.capture.totals import Totals
 from assay.distributed import parallel_of
 from assay.errors import AssayError, InputError
 from assay.faults import Faults
-from assay.methods.base import Context, Method, MicroBatch, Session, Settles
+from assay.methods.base import Context, Method, MicroBatch, Retakes, Session, Settles
 from assay.methods.demands import (
     Demands,
     Watches,
@@ -188,6 +188,8 @@ class Run:
         self._step_open = self._agreed_to_stop = False
         self._termination = Termination()
         self._check_due = self._totals_due = check == "first"
+        self._precision_due = True
+        self._device = self.weights.params[0].device
         self._totals: Totals | None = None
         self._compiled = CompiledParts(self.model)
         self._room = Room()
@@ -231,6 +233,7 @@ class Run:
             CoverageError: a parameter is used in a way that has no exact rule, and is not excluded.
         """
         watching: _Watching | None = None
+        self.processes.precision.around(self._device)
         with ExitStack() as closing:
             with self._work("before a micro-batch"):
                 watching = self._watch(ids, weights, inputs, closing)
@@ -285,10 +288,10 @@ class Run:
 
     @contextmanager
     def _work(self, where: str) -> Iterator[None]:
-        """Around work of assay's own: it is timed, and ends where it fails."""
+        """Around work of assay's own: it is timed, in full precision, and ends where it fails."""
         started = time.perf_counter()
         try:
-            with self.faults.caught(where):
+            with self.faults.caught(where), torch.autocast(self._device.type, enabled=False):
                 yield
         finally:
             self._seconds += time.perf_counter() - started
@@ -523,6 +526,10 @@ class Run:
         if capture.paused or not torch.is_grad_enabled():
             return
         self._compiled.notice()
+        as_targets = self.processes.precision.note(self._device)
+        if self._precision_due and not as_targets:
+            self._retake(capture)
+        self._precision_due = False
         leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         rows = [x.shape[0] for x in tensors if x.dim()]
@@ -541,6 +548,16 @@ class Run:
                         self.model, args, kwargs, self.weights, capture.batch, self._coverage
                     )
                 )
+
+    def _retake(self, capture: Capture) -> None:
+        """The first forward pass runs under an autocast that the targets' passes before it knew nothing of."""
+        if self.processes.sharded:  # its parameters are being gathered; from the next step on they know
+            return
+        with capture.unseen(), torch.autocast(self._device.type, enabled=False):
+            each = zip(self._sessions, self._demand.each, strict=True)
+            self._demand = Demands([s.retake() if isinstance(s, Retakes) else d for s, d in each])
+        if not self._totals_due:
+            capture.directions = self._demand.directions
 
     def _known_ids(self, ids: Any) -> Sequence[int | str]:
         """The ids as they will be stored, checked before anything happens."""

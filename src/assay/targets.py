@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from assay.errors import InputError
 
 __all__ = [
+    "Precision",
     "Target",
     "TargetPass",
     "eagerly",
@@ -58,6 +59,50 @@ class Target:
             raise InputError("Target(batches, loss): there is no batch; give at least one validation batch.")
 
 
+class Precision:
+    """The autocast under which the training's forward passes run, for the targets' passes to run under as well.
+
+    It is read where a forward pass begins: a loop may enter autocast inside of `run.step`, where nobody sees it sooner.
+
+    Example:
+        >>> precision, cpu = Precision(), torch.device("cpu")
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     precision.note(cpu)
+        False
+        >>> with precision.inside(cpu):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.bfloat16
+    """
+
+    def __init__(self) -> None:
+        self._training: torch.dtype | None = None
+        self._targets: torch.dtype | None = None
+
+    def note(self, device: torch.device) -> bool:
+        """A forward pass of the training begins; whether the last targets' pass ran as it does."""
+        self._training = _autocast(device)
+        return self._training == self._targets
+
+    def around(self, device: torch.device) -> None:
+        """Before a step: an autocast that is on already is that of what follows."""
+        self._training = _autocast(device) or self._training
+
+    @contextmanager
+    def inside(self, device: torch.device) -> Iterator[None]:
+        """The autocast of the training, where none is on already."""
+        self._targets = _autocast(device) or self._training
+        if self._targets is None:
+            yield
+            return
+        # without its cache: a cast made here, perhaps without a graph, is not for a training pass around it
+        with torch.autocast(device.type, self._targets, cache_enabled=False):
+            yield
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 class TargetPass:
     """Losses and gradients of all targets at the model's present weights, the training run undisturbed.
 
@@ -65,10 +110,18 @@ class TargetPass:
         model: the model that is trained.
         targets: name → target.
         params: the parameters whose gradients are wanted.
+        precision: of the training's forward passes.
     """
 
-    def __init__(self, model: Module, targets: Mapping[str, Target], params: Sequence[Parameter]) -> None:
+    def __init__(
+        self,
+        model: Module,
+        targets: Mapping[str, Target],
+        params: Sequence[Parameter],
+        precision: Precision | None = None,
+    ) -> None:
         self.model, self.targets, self.params = model, targets, list(params)
+        self.precision = precision or Precision()
         self._twice = False  # whether the graph is known to be differentiable twice
 
     def losses(self) -> Tensor:
@@ -160,7 +213,8 @@ class TargetPass:
         return torch.zeros((), dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
 
     def _loss(self, name: str, target: Target, batch: Any) -> Tensor:
-        loss = target.loss(self.model, batch)
+        with self.precision.inside(self.params[0].device):
+            loss = target.loss(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(

@@ -150,6 +150,34 @@ def test_no_graph_break_and_no_recompile() -> None:
     assert counters["stats"]["unique_graphs"] <= 3  # the step; the target with and without gradients
 
 
+@pytest.mark.parametrize("path", ["left", "trapezoid"])
+def test_the_targets_pass_runs_compiled_and_nothing_is_compiled_twice(path: str) -> None:
+    """With dropout, in evaluation mode, at another number of rows: one graph more, run once per step."""
+    ran: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
+        whole = aot_autograd(fw_compiler=make_boxed_func)(graph, examples)
+
+        def run(*inputs: Any) -> Any:
+            ran.append(
+                next(len(x) for x in inputs if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == 5)
+            )
+            return whole(*inputs)
+
+        return run
+
+    graphs = []
+    for steps in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        ran.clear()
+        model = torch.compile(built(dropout=0.3), backend=counting, fullgraph=True, dynamic=False)
+        trained(model, counts=(4,) * steps, path=path)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert ran.count(3) == steps + 1  # of 3 rows: the target, at every step's beginning and at the end
+    assert graphs[0] == graphs[1]
+
+
 def test_inductor() -> None:
     """The default compiler, with the same values as without any."""
 

@@ -24,7 +24,7 @@ from assay.capture.pairs import Pair
 from assay.capture.products import sides
 from assay.capture.weights import Weights
 from assay.errors import AssayWarning
-from assay.targets import Target, TargetPass, eagerly, refuse_constant, undisturbed
+from assay.targets import Precision, Target, TargetPass, eagerly, refuse_constant, undisturbed
 
 __all__ = ["Factored", "FactoredPass"]
 
@@ -82,10 +82,17 @@ class FactoredPass(TargetPass):
         model: the model that is trained; a compiled one runs eagerly in these passes.
         targets: name → target.
         weights: the watched parameters.
+        precision: of the training's forward passes.
     """
 
-    def __init__(self, model: Module, targets: Mapping[str, Target], weights: Weights) -> None:
-        super().__init__(model, targets, weights.params)
+    def __init__(
+        self,
+        model: Module,
+        targets: Mapping[str, Target],
+        weights: Weights,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(model, targets, weights.params, precision)
         self._weights = weights
         self._chosen: dict[Parameter, None] | None = None
 
@@ -99,6 +106,10 @@ class FactoredPass(TargetPass):
             return
         for name, target in self.targets.items():
             yield self._taken(name, target)
+
+    def forget(self) -> None:
+        """Choose anew which parameters are held in pairs."""
+        self._chosen = None
 
     def _taken(self, name: str, target: Target) -> tuple[Tensor, Factored]:
         while self._chosen:

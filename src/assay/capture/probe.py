@@ -94,7 +94,7 @@ class Observe(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient unchanged for `y`, the scores for the probe."""
         saved = ctx.saved_tensors  # under the capture: reading them may run a checkpoint's forward pass again
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), torch.autocast(gy.device.type, enabled=False):
             try:
                 scores = ctx.use.recorder.record(ctx.use.explain(gy, saved), ctx.like)
             except Exception as error:

@@ -17,7 +17,7 @@ from assay.capture import contract
 from assay.capture.factors import Factors
 from assay.capture.marks import Directions, Weight
 from assay.distributed.kinds import is_distributed
-from assay.targets import Target, TargetPass
+from assay.targets import Precision, Target, TargetPass
 
 __all__ = ["OneProcess", "local"]
 
@@ -35,6 +35,7 @@ class OneProcess:
         rank: of this process.
         size: how many processes train together.
         sharded: whether a process holds a part of each parameter only.
+        precision: of the training's forward passes.
     """
 
     kind = "one process"
@@ -44,6 +45,7 @@ class OneProcess:
 
     def __init__(self, module: Module) -> None:
         self.module = module
+        self.precision = Precision()
 
     # --- the model ---
 
@@ -71,7 +73,7 @@ class OneProcess:
 
     def target_pass(self, targets: Mapping[str, Target], params: Sequence[Parameter]) -> TargetPass:
         """Losses and gradients of the targets, the work divided among the processes where that is possible."""
-        return TargetPass(self.module, targets, params)
+        return TargetPass(self.module, targets, params, self.precision)
 
     # --- the gradient ---
 

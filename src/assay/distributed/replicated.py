@@ -79,7 +79,7 @@ class DividedTargetPass(TargetPass):
     """
 
     def __init__(self, group: Group, targets: Mapping[str, Target], params: Sequence[Parameter]) -> None:
-        super().__init__(group.module, targets, params)
+        super().__init__(group.module, targets, params, group.precision)
         self.group = group
         places = [(name, k) for name, target in targets.items() for k in range(len(target.batches))]
         self.divided = len(places) > 1
@@ -106,7 +106,7 @@ class DividedTargetPass(TargetPass):
 
     def hessian_products(self, direction: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """`{parameter: [targets, *shape]}`, each process with all batches."""
-        return TargetPass(self.model, self.targets, self.params).hessian_products(direction)
+        return TargetPass(self.model, self.targets, self.params, self.precision).hessian_products(direction)
 
     def _total(self, losses: Tensor) -> Tensor:
         wide = losses.to(torch.promote_types(losses.dtype, torch.float32))

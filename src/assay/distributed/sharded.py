@@ -186,7 +186,7 @@ class ShardedTargetPass(TargetPass):
     """
 
     def __init__(self, group: Sharded, targets: Mapping[str, Target], params: Sequence[Parameter]) -> None:
-        super().__init__(group.module, targets, params)
+        super().__init__(group.module, targets, params, group.precision)
         self.group = group
 
     def losses(self) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from assay.distributed import OneProcess
     from assay.store import RunWriter
 
-__all__ = ["Context", "Demand", "Method", "MicroBatch", "Session", "Settles", "Watch"]
+__all__ = ["Context", "Demand", "Method", "MicroBatch", "Retakes", "Session", "Settles", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,15 @@ class Settles(Protocol):
 
     def settle(self) -> None:
         """Value it now: a checkpoint is about to be saved."""
+        ...
+
+
+@runtime_checkable
+class Retakes(Protocol):
+    """A session whose targets' passes should run as the training's forward passes do."""
+
+    def retake(self) -> Demand:
+        """Take the first step's gradients again: only now is it known how that is."""
         ...
 
 

@@ -59,7 +59,7 @@ class TargetGradients:
                     "InRunShapley(target_gradient='factors') holds the factors of one process's validation batches, "
                     f"and {processes.size} train together; choose target_gradient='bfloat16' or 'cpu'."
                 )
-            self.passes = FactoredPass(processes.module, targets, weights)
+            self.passes = FactoredPass(processes.module, targets, weights, processes.precision)
         else:
             self.passes = processes.target_pass(targets, weights.params)
         conveyor = Conveyor()
@@ -75,6 +75,12 @@ class TargetGradients:
             losses.append(loss)
             held.append(self._hold(gradient))
         return torch.cat(losses), joined(held)
+
+    def retake(self) -> tuple[Tensor, Directions]:
+        """`take`, in another precision than before: which factors are smaller may have changed."""
+        if isinstance(self.passes, FactoredPass):
+            self.passes.forget()
+        return self.take()
 
     def again(self, gradient: dict[Parameter, Tensor]) -> Directions:
         """Hold something of the gradients' shape, which is emptied on the way."""

@@ -106,6 +106,13 @@ class NormsSession:
         self.seconds += time.perf_counter() - started
         return Demand(keep=self.params)
 
+    def retake(self) -> Demand:
+        """The first step's gradients again, in the precision of the training's own forward pass."""
+        if not self._wanted:
+            return Demand()
+        self._gradients = self.passes.gradients()[1] if self.passes is not None else {}
+        return Demand(keep=self.params)
+
     def before_update(self, step: int, batches: Sequence[MicroBatch], scale: Tensor, gap: Tensor) -> None:
         """Measure the step's samples; the gradient is as the optimizer will use it."""
         if not self._wanted:

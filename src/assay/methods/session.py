@@ -126,6 +126,14 @@ class InRunSession:
         self.seconds += time.perf_counter() - started
         return demand
 
+    def retake(self) -> Demand:
+        """The first step's ∇ℓ again, in the precision of the training's own forward pass."""
+        started = time.perf_counter()
+        self.losses, self.left = self.gradients.retake()
+        demand = self._demand()
+        self.seconds += time.perf_counter() - started
+        return demand
+
     def _compares(self) -> bool:
         """Whether the step about to begin is valued by the last gradient as well: the second, the 18th, … time."""
         whole = self._age == self.method.refresh > 1

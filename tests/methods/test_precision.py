@@ -136,23 +136,3 @@ def test_norms_compare_with_gradients_of_the_same_precision() -> None:
         found.append(run.ledger.norms())
     assert found[0].equals(found[1])
     assert found[0]["step"].unique().to_list() == [0, 2]
-
-
-def test_a_cast_of_the_targets_pass_is_not_used_by_the_training() -> None:
-    """Autocast keeps the casts of weights; one that was made without a graph would cut the training off from them."""
-    torch.manual_seed(0)
-    model = nn.Linear(7, 4)
-    optimizer = SGD(model.parameters(), 0.1)
-    x = torch.randn(4, 7)
-    run = assay.Run(model, optimizer, methods=[assay.InRunShapley(assay.Target([x], loss_fn))])
-    with half():
-        with run.step([0, 1, 2, 3]):
-            loss_fn(model, x).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        run.state_dict()  # the loss at the end of the step, without gradients
-        with run.step([0, 1, 2, 3]):
-            loss_fn(model, x).backward()
-        assert model.weight.grad is not None
-        optimizer.step()
-    run.close()

@@ -199,7 +199,9 @@ class Joined(Held):
     """
 
     def __init__(self, parts: Sequence[Held]) -> None:
-        self.parts = [own for part in parts for own in (part.parts if isinstance(part, Joined) else [part])]
+        self.parts: list[Held] = []
+        for part in parts:
+            self.parts += part.parts if isinstance(part, Joined) else [part]
         self.targets = sum(part.targets for part in self.parts)
 
     def __getitem__(self, param: Parameter) -> Tensor:

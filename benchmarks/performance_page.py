@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import memory_page
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PLOT = DOCS / "performance.md", DOCS / "performance.svg"
 
@@ -137,6 +139,7 @@ def page(document: dict[str, Any] | None) -> str:
         "with it, and the least-squares line through that.\n",
         slopes_table(document["slopes"]),
         f"`python benchmarks/performance.py` · {where} · {document['took_seconds']} s\n",
+        memory_page.section(),
     ]  # fmt: skip
     return "\n".join(parts)
 

@@ -15,7 +15,7 @@ import pytest
 
 import assay
 from assay.cli import main
-from assay.demo import CORPUS
+from tests.corpus import write_documents
 
 CLI = [sys.executable, "-c", "from assay.cli import main; main()"]
 
@@ -24,8 +24,7 @@ CLI = [sys.executable, "-c", "from assay.cli import main; main()"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with texts.jsonl and a run of two targets on it; a document without ids, named by its text."""
     folder = tmp_path_factory.mktemp("acting")
-    rows = pl.read_parquet(CORPUS).head(90).with_columns(pl.col("text").str.slice(0, 90)).to_dicts()
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_documents(folder / "texts.jsonl", 90, 90)
     (folder / "mine.yaml").write_text(
         f"out: {folder / 'run'}\n"
         f"data: {{path: {folder / 'texts.jsonl'}}}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from assay.cli.app import app
 from assay.cli.progress import follow
 from assay.demo import CORPUS
 from assay.train import Progress
+from tests.corpus import write_documents
 
 CLI = [sys.executable, "-c", "from assay.cli import main; main()"]
 
@@ -36,9 +36,7 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A configuration that trains for a second on 80 short documents of the corpus."""
-    rows = pl.read_parquet(CORPUS).head(80).with_columns(pl.col("text").str.slice(0, 100)).to_dicts()
-    data = tmp_path / "texts.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = write_documents(tmp_path / "texts.jsonl", 80, 100)
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"out: {tmp_path / 'run'}\n"

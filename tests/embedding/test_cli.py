@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import torch
 
 import assay
 from assay.cli import main
-from assay.demo import CORPUS
 from assay.train import load_config
 from assay.train.influence import influence_of_texts
+from tests.corpus import write_documents
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
-    rows = pl.read_parquet(CORPUS).head(60).with_columns(pl.col("text").str.slice(0, 100)).to_dicts()
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_documents(folder / "texts.jsonl", 60, 100)
     (folder / "mine.yaml").write_text(
         f"out: {folder / 'run'}\n"
         f"data: {{path: {folder / 'texts.jsonl'}, id: id}}\n"

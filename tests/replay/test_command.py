@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,18 @@ import torch
 
 import assay
 from assay.cli import main
-from assay.demo import CORPUS
 from assay.errors import InputError
 from assay.report import write
 from assay.serve.search import make_searcher
 from assay.train import load_config, train
 from assay.train.model import token_mean_loss
 from assay.train.replay import adjoint_of_run, rerun
+from tests.corpus import write_documents
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    rows = pl.read_parquet(CORPUS).head(60).with_columns(pl.col("text").str.slice(0, 100)).to_dicts()
-    data = tmp_path / "texts.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = write_documents(tmp_path / "texts.jsonl", 60, 100)
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"out: {tmp_path / 'run'}\ndata: {{path: {data}}}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from html import unescape
 from pathlib import Path
@@ -11,18 +10,16 @@ from typing import Any
 import polars as pl
 import pytest
 
-from assay.demo import CORPUS
 from assay.errors import InputError
 from assay.report import write
 from assay.train import Config, train
+from tests.corpus import write_documents
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokens")
-    rows = pl.read_parquet(CORPUS).head(40).with_columns(pl.col("text").str.slice(0, 60)).to_dicts()
-    rows[3]["text"] = "Ünd <b>über</b> & 日本語 so."
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_documents(folder / "texts.jsonl", 40, 60, {3: "Ünd <b>über</b> & 日本語 so."})
     config = {
         "out": folder / "run",
         "data": {"path": folder / "texts.jsonl", "id": "id", "long": "cut"},

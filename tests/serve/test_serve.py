@@ -20,6 +20,7 @@ from assay.errors import InputError
 testclient = pytest.importorskip("starlette.testclient")
 
 from assay.serve import make_app, make_searcher  # noqa: E402
+from tests.corpus import write_documents  # noqa: E402
 
 ATTACK = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script>"
 
@@ -30,9 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from assay.train import Config, train
 
     folder = tmp_path_factory.mktemp("serve")
-    rows = pl.read_parquet(CORPUS).head(50).with_columns(pl.col("text").str.slice(0, 120)).to_dicts()
-    rows[0]["text"] = ATTACK + rows[0]["text"]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    first = pl.read_parquet(CORPUS)["text"][0][:120]
+    write_documents(folder / "texts.jsonl", 50, 120, {0: ATTACK + first})
     config = {
         "out": folder / "run",
         "data": {"path": folder / "texts.jsonl", "id": "id"},

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import polars as pl
 import pytest
 import torch
 
-from assay.demo import CORPUS
+from tests.corpus import write_documents
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 documents of the corpus as JSON lines, about 100 characters each."""
-    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
-    rows = pl.read_parquet(CORPUS).head(60).with_columns(pl.col("text").str.slice(0, 100)).to_dicts()
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_documents(tmp_path_factory.mktemp("data") / "texts.jsonl", 60, 100)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides, projected_through, stream_factors, written_out
+from assay.capture.bottleneck import projected_through, stream_factors, written_out
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.marks import Weight
+from assay.capture.sides import Sides
 from assay.errors import CoverageError, InputError
 from assay.projection import Projection, Projector, random_sides
 

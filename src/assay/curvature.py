@@ -11,16 +11,17 @@ The damping is relative: λ = damping × the mean eigenvalue of that layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides, written_out
+from assay.capture.bottleneck import written_out
 from assay.capture.factors import Factors, Lookup, Outer
 from assay.capture.marks import Weight
+from assay.capture.sides import Sides, run_lengths
 from assay.errors import InputError
 
 __all__ = ["Block", "Covariances", "Diagonal", "Fisher"]
@@ -180,15 +181,17 @@ class Covariances:
 
         Args:
             rank: how many; None takes all.
-            others: what to use for sides without a covariance (vocabularies), by name.
+            others: the coordinates that are read, and what to use for sides without a covariance (vocabularies), by
+                name.
         """
         found = {}
-        for name, bare in self._sides.items():
-            left = _axes(self.left.get(name), rank)
-            right = _axes(self.right.get(name), rank)
-            other = others[name]
-            found[name] = Sides(
-                bare.shape, other.left if left is None else left, other.right if right is None else right
+        for name, other in others.items():
+            left = _axes(self.left.get(name), rank, other.rows)
+            right = _axes(self.right.get(name), rank, other.columns)
+            found[name] = replace(
+                other,
+                left=other.left if left is None else left,
+                right=other.right if right is None else right,
             )
         return found
 
@@ -198,7 +201,7 @@ class Covariances:
         Curvature along projected directions is P A Pᵀ; a parameter with a side that has no covariance is left out.
         """
         found = {}
-        for name, own in sides.items():
+        for name, own in ((name, own.whole()) for name, own in sides.items()):
             rows, columns = own.matrix
             left = _along(self.left.get(name), own.left, rows)
             right = _along(self.right.get(name), own.right, columns)
@@ -224,16 +227,23 @@ class Covariances:
         into[name] = into[name] + product if name in into else product
 
 
-def _axes(covariance: Tensor | None, rank: int | None) -> Tensor | None:
-    """`[rank, width]`: leading eigenvectors; None where there is no covariance."""
+def _axes(covariance: Tensor | None, rank: int | None, read: Tensor | None) -> Tensor | None:
+    """`[rank, width]`: leading eigenvectors; None where there is no covariance.
+
+    Where only some coordinates are read, those of their own covariance, each weighed by the run that it stands for.
+    """
     if covariance is None:
         return None
-    vectors = torch.linalg.eigh(covariance.double())[1].flip(1).t()
+    covariance, weights = covariance.double(), None
+    if read is not None:
+        weights = run_lengths(len(covariance), len(read)).to(covariance).sqrt()
+        covariance = covariance[read][:, read] * weights[:, None] * weights
+    vectors = torch.linalg.eigh(covariance)[1].flip(1).t()
     signs = vectors.gather(
         1, vectors.abs().argmax(1, keepdim=True)
     ).sign()  # an eigenvector's sign is arbitrary
-    axes: Tensor = (vectors * signs)[:rank].contiguous()
-    return axes
+    axes: Tensor = (vectors * signs)[:rank]
+    return (axes if weights is None else axes * weights).contiguous()
 
 
 def _along(covariance: Tensor | None, axes: Tensor | None, width: int) -> Tensor | None:

@@ -3,6 +3,10 @@
 The gradient of a weight is a matrix g_i; what is kept of it is P_o g_i P_iᵀ with P_o `[rank, p]` and P_i `[rank, d]`
 (Choe et al., "What is your data worth to GPT?", arXiv 2405.13954, section 3). A side that is no wider than the rank is
 kept as it is. Vectors (biases, norms) have one side.
+
+With a support a side is read at that many random coordinates only, P = R S (a random mask on both factors before the
+projection, as in FactGraSS; Hu et al., "GraSS: Scalable Influence Function with Sparse Gradient Compression", arXiv
+2505.18976).
 """
 
 from __future__ import annotations
@@ -14,16 +18,23 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Embedding, Module, Parameter
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides, projected, stream_factors
+from assay.capture.bottleneck import projected, stream_factors
 from assay.capture.factors import Factors
 from assay.capture.marks import Weight
 from assay.capture.probe import WHOLE
+from assay.capture.sides import Sides, one_of_each_run
 from assay.errors import InputError
 
-__all__ = ["Layer", "Projection", "Projector", "random_sides"]
+__all__ = [
+    "Layer",
+    "Projection",
+    "Projector",
+    "random_sides",
+    "vocabularies",
+]
 
 Kind = Literal["random", "pca", "none"]
 LossFn = Callable[[Module, object], Tensor]
@@ -40,19 +51,24 @@ class Projection:
         kind: "random" draws Gaussian matrices with E[PᵀP] = I; "pca" takes the leading eigenvectors of the uncentred
             KFAC covariances of activations and output gradients, which costs one more pass over the examples;
             "none" keeps gradients whole.
-        seed: of the random matrices.
+        seed: of the random matrices and of the coordinates.
+        support: of the wider sides of a matrix only so many coordinates are read, one out of each of as many runs of
+            neighbours, before they are projected; E[PᵀP] = I holds as before. That is faster, the more so where an
+            optimizer's diagonal stands between gradient and projection, and less exact. Vectors are read whole, and of
+            a vocabulary (`torch.nn.Embedding`, the head of a language model) all rows are. None reads everything.
 
     Raises:
-        InputError: a rank that is no positive number, or an unknown kind.
+        InputError: a rank or a support that is no positive number, a support below the rank, or an unknown kind.
 
     Example:
-        >>> Projection(rank=16)
-        Projection(rank=16, kind='random', seed=0)
+        >>> Projection(rank=16, support=64)
+        Projection(rank=16, kind='random', seed=0, support=64)
     """
 
     rank: int | None = 64
     kind: Kind = "random"
     seed: int = 0
+    support: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -63,26 +79,66 @@ class Projection:
             raise InputError("Projection(kind='random') needs a rank; kind='none' keeps gradients whole.")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InputError(f"Projection(rank={self.rank!r}): the rank must be a positive whole number.")
+        if self.support is None:
+            return
+        if self.kind == "none" or self.rank is None:
+            raise InputError(
+                f"Projection(support={self.support!r}) is read before a projection to some rank; give a rank with "
+                "kind='random' or 'pca', or leave the support out."
+            )
+        if not isinstance(self.support, int) or self.support < self.rank:
+            raise InputError(
+                f"Projection(support={self.support!r}): a side is read at as many coordinates as its rank, "
+                f"{self.rank}, or at more; a good choice is four times the rank."
+            )
+
+    @property
+    def drawn_again(self) -> bool:
+        """Whether the matrices follow from names and seed alone, so that they need not be stored."""
+        return self.kind != "pca" and self.support is None
 
 
-def random_sides(name: str, param: Tensor, projection: Projection) -> Sides:
-    """The Gaussian projections of one parameter, N(0, 1/rank): the same on every machine for one name and seed."""
+def random_sides(name: str, param: Tensor, projection: Projection, vocabulary: bool = False) -> Sides:
+    """The random projections of one parameter: the same on every machine for one name and seed.
+
+    N(0, 1/rank) without a support; with one, orthogonal rows of length √(support / rank) on coordinates each of which
+    weighs as much as the run of neighbours that it was drawn from.
+
+    Args:
+        name: of the parameter.
+        param: itself.
+        projection: the settings.
+        vocabulary: all its rows are read.
+    """
     bare = Sides(tuple(param.shape))
     if projection.kind == "none" or projection.rank is None:
         return bare
     generator = torch.Generator().manual_seed(
         zlib.crc32(name.encode()) ^ (projection.seed * 0x9E3779B1) % 2**63
     )
-    rank = projection.rank
+    rank, support = projection.rank, projection.support if param.dim() > 1 else None
+    scale: float = rank**-0.5
 
-    def draw(width: int) -> Tensor | None:
+    def draw(width: int, support: int | None) -> tuple[Tensor | None, Tensor | None]:
         if width <= rank:
-            return None
-        scale: float = rank**-0.5
-        return torch.randn(rank, width, generator=generator) * scale
+            return None, None
+        if support is None or width <= support:
+            return torch.randn(rank, width, generator=generator) * scale, None
+        read, weights = one_of_each_run(width, support, generator)
+        axes = torch.linalg.qr(torch.randn(support, rank, generator=generator))[0].t()
+        return axes * support**0.5 * scale * weights, read
 
-    rows, columns = bare.matrix
-    return Sides(bare.shape, draw(rows), draw(columns))
+    left, rows = draw(bare.matrix[0], None if vocabulary else support)
+    right, columns = draw(bare.matrix[1], support)
+    return Sides(bare.shape, left, right, rows, columns)
+
+
+def vocabularies(model: Module) -> set[Parameter]:
+    """The tables of a model whose rows are tokens (or other things that are looked up), and its head over them."""
+    found = {module.weight for module in model.modules() if isinstance(module, Embedding)}
+    head = getattr(model, "get_output_embeddings", None)  # as transformers names it
+    weight = getattr(head(), "weight", None) if callable(head) else None
+    return found | ({weight} if isinstance(weight, Parameter) else set())
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 import assay
 import assay.capture
 from assay.capture import Capture, Weights
-from assay.capture.bottleneck import Sides, _project, refuse_uncovered, stream_factors, written_out
+from assay.capture.bottleneck import _project, refuse_uncovered, stream_factors, written_out
 from assay.capture.factors import Dense, Lookup
 from assay.capture.gradients import squared_norms
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight, leaf
+from assay.capture.sides import Sides
 
 ROWS = 4
 Loss = Callable[[Any, Tensor], Tensor]

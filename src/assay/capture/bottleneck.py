@@ -7,8 +7,8 @@ layer that is Σ_t (P_o b_it)(P_i a_it)ᵀ: both sides are made small before the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,70 +16,30 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from assay.capture.check import check_capture
-from assay.capture.factors import Apart, Dense, Directional, Factors, Lookup, Outer, Patches
-from assay.capture.layout import Layout
+from assay.capture.factors import Dense, Factors, Lookup, Outer, Patches
+from assay.capture.forms import applied, dense, joined, scattered
 from assay.capture.marks import Weight
 from assay.capture.mode import Capture
+from assay.capture.narrowed import narrowed, of_parameter, owned
 from assay.capture.rounding import Rounded
+from assay.capture.sides import Sides
 from assay.capture.weights import Weights
 from assay.errors import CoverageError, InputError
 from assay.targets import undisturbed
 
 __all__ = [
-    "Sides",
     "Take",
     "projected",
     "projected_through",
     "refuse_uncovered",
+    "small_projected",
+    "small_uses",
     "stream_factors",
     "written_out",
 ]
 
 Take = Callable[[Weight, Factors], None]
 CACHED = 1 << 18  # entries of per-sample gradients that are written out at a time
-ENTRIES = 1 << 22  # of a block of intermediate results, where the samples' rows lie in no regular order
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The two projections of one parameter, seen as a matrix `[rows, columns]`: its first dimension by all others.
-
-    Args:
-        shape: the parameter's shape.
-        left: `[r0, rows]`; None leaves that side as it is.
-        right: `[r1, columns]`; None likewise.
-    """
-
-    shape: tuple[int, ...]
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the parameter as a matrix; a vector is one column."""
-        rows = self.shape[0] if self.shape else 1
-        columns = 1
-        for size in self.shape[1:]:
-            columns *= size
-        return rows, columns
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """r0 and r1."""
-        rows, columns = self.matrix
-        return rows if self.left is None else len(self.left), columns if self.right is None else len(
-            self.right
-        )
-
-    @property
-    def width(self) -> int:
-        """Entries of a projected gradient."""
-        return self.ranks[0] * self.ranks[1]
-
-    def to(self, device: torch.device) -> Sides:
-        """The same on a device."""
-        left = None if self.left is None else self.left.to(device)
-        return Sides(self.shape, left, None if self.right is None else self.right.to(device))
 
 
 def stream_factors(
@@ -174,17 +134,26 @@ def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
         return {}
     if isinstance(factors, Rounded):
         factors = factors.widened()
+    own = _of_parameters(weight, factors, wanted)
+    if own is None:
+        return {p: _by_directions(weight, factors, p, sides[p].whole()) for p in wanted}
+    return {p: _project(own[p], sides[p]) for p in wanted}
+
+
+def _of_parameters(
+    weight: Weight, factors: Factors, wanted: Sequence[Parameter]
+) -> dict[Parameter, Factors] | None:
+    """The gradients of the parameters behind a use; None where they answer inner products only."""
     if len(weight.params) == 1:
         (param,) = weight.params
-        direct = _of_parameter(weight, factors, param)
+        direct = of_parameter(weight, factors, param)
         if direct is not None:
-            return {param: _project(direct, sides[param])}
-    if weight.pull is not None:
-        dense = _dense(factors)
-        if dense is not None:
-            pulled = weight.pull(dense)
-            return {p: _project(Dense(pulled[p]), sides[p]) for p in wanted}
-    return {p: _by_directions(weight, factors, p, sides[p]) for p in wanted}
+            return {param: direct}
+    g = dense(factors) if weight.pull is not None else None
+    if g is None or weight.pull is None:
+        return None
+    pulled = weight.pull(g)
+    return {p: Dense(pulled[p]) for p in wanted}
 
 
 def projected_through(
@@ -195,7 +164,7 @@ def projected_through(
 ) -> dict[Parameter, Tensor]:
     """`{parameter: [B, r0, r1]}`: P_o (D ⊙ g_i) P_iᵀ, as `projected` with a diagonal D `[*shape]` in between.
 
-    D mixes the two sides, so that g_i is written out, a cache-full of samples at a time.
+    D mixes the two sides, so that what the projections read of g_i is written out, a cache-full of samples at a time.
 
     Args:
         weight: the use's weight.
@@ -208,31 +177,80 @@ def projected_through(
     plain = {p: sides[p] for p in weight.params if p in sides and p in through}
     if all(not isinstance(through[p], Tensor) for p in plain):
         return {p: part * through[p] for p, part in projected(weight, factors, plain).items()}
-    if len(weight.params) == 1:
-        (param,) = weight.params
-        D, own = through[param], sides[param]
-        assert isinstance(D, Tensor)
-        direct = _of_parameter(weight, factors, param)
-        if isinstance(direct, Lookup):
-            D = D.reshape(own.matrix)
-            scaled = Lookup(
-                direct.indices, direct.b * F.embedding(direct.indices, D).to(direct.b.dtype), direct.layout
-            )
-            return {param: _project(scaled, own)}
-        if isinstance(direct, Outer) and direct.layout.labels is None:
-            return {param: _blockwise(direct, D.reshape(own.matrix), own)}
-        if isinstance(direct, Dense):
-            return {param: _multiplied(direct.gradients, D, own)}
-    dense = written_out(weight, factors)
-    return {p: _project(Dense(dense[p] * through[p]), s) for p, s in plain.items()}
+    own = _of_parameters(weight, factors, list(plain))
+    if own is None:
+        raise _inner_products_only("written out")
+    found = {}
+    for p, s in plain.items():
+        small = narrowed(own[p], s)
+        if small is None:
+            raise _inner_products_only("written out")
+        found[p] = small_projected(small, s, through[p])
+    return found
+
+
+def small_uses(
+    weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
+) -> dict[Parameter, Factors]:
+    """`{parameter: …}`: what the projections read of the parameters behind one use, in memory of its own.
+
+    Args:
+        weight: the use's weight.
+        factors: its per-sample gradients.
+        sides: the projections; parameters that they lack are left out.
+
+    Raises:
+        CoverageError: they answer inner products only.
+    """
+    wanted = [param for param in weight.params if param in sides]
+    own = _of_parameters(weight, factors, wanted) if wanted else {}
+    found: dict[Parameter, Factors] = {}
+    for p in wanted:
+        small = None if own is None else narrowed(own[p], sides[p])
+        kept = None if small is None else owned(small)
+        if kept is None:
+            raise _inner_products_only("written out")
+        found[p] = kept
+    return found
+
+
+def small_projected(factors: Factors, sides: Sides, through: Tensor | float = 1.0) -> Tensor:
+    """`[B, r0, r1]`: P_o (D ⊙ g_i) P_iᵀ of what the projections read of a parameter's gradients.
+
+    Args:
+        factors: as `narrowed` gives them.
+        sides: the parameter's projections.
+        through: D `[*shape]`, of the whole parameter; a number is a multiple of the identity.
+    """
+    within = sides.within
+    if not isinstance(through, Tensor):
+        found = _project(factors, within)
+        return found if through == 1.0 else found * through
+    D = sides.read(through.reshape(sides.matrix))
+    if isinstance(factors, Lookup):
+        scaled = factors.b * F.embedding(factors.indices, D).to(factors.b.dtype)
+        return _project(replace(factors, b=scaled), within)
+    if isinstance(factors, Outer) and factors.layout.labels is None:
+        return _blockwise(factors, D, within)
+    g = dense(factors)
+    if g is None:
+        raise _inner_products_only("written out")
+    return _multiplied(g.reshape(len(g), *D.shape), D, within)
+
+
+def _inner_products_only(done: str) -> CoverageError:
+    return CoverageError(
+        f"per-sample gradients that answer inner products only (a fallback's) cannot be {done}: leave the parameters "
+        "out with exclude=[...]."
+    )
 
 
 def _blockwise(factors: Outer, D: Tensor, sides: Sides) -> Tensor:
     """`[B, r0, r1]`: P_o (D ⊙ Σ_t b_it a_itᵀ) P_iᵀ for D `[rows, columns]`."""
     left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
     layout, (rows, columns) = factors.layout, sides.matrix
-    left = _apply(layout.grouped(left), None).reshape(layout.batch, -1, rows).mT
-    right = _apply(layout.grouped(right), None).reshape(layout.batch, -1, columns)
+    left = applied(layout.grouped(left), None).reshape(layout.batch, -1, rows).mT
+    right = applied(layout.grouped(right), None).reshape(layout.batch, -1, columns)
     block = _at_once(D)
     parts = []
     for start in range(0, layout.batch, block):
@@ -264,142 +282,40 @@ def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
     Raises:
         CoverageError: they answer inner products only.
     """
-    dense = _dense(factors)
-    if dense is None or weight.pull is None:
-        raise CoverageError(
-            "per-sample gradients that answer inner products only (a fallback's) cannot be written out: leave the "
-            "parameters out with exclude=[...]."
-        )
-    return weight.pull(dense)
-
-
-def _of_parameter(weight: Weight, factors: Factors, param: Parameter) -> Factors | None:
-    """The factors as those of the parameter itself; None where the weight is computed from it in another way."""
-    if weight.rows is None:
-        return _in_own_orientation(weight, factors, param)
-    rows = weight.rows
-    if isinstance(factors, Apart) and rows.shape == factors.b.shape[:-1]:
-        return Lookup(rows, factors.b, factors.layout)
-    if isinstance(factors, Dense):  # the rows are the same for all samples
-        batch = len(factors.gradients)
-        return Lookup(rows.expand(batch, *rows.shape), factors.gradients, Layout(0, batch))
-    return None
-
-
-def _in_own_orientation(weight: Weight, factors: Factors, param: Parameter) -> Factors | None:
-    """The factors as those of the parameter itself, where the used tensor is it, a cast or its transpose."""
-    if isinstance(factors, (Dense, Outer, Lookup, Directional)):
-        itself = param.detach()[None]
-        if next(iter(weight.push({param: itself}).values()), None) is itself:
-            return factors
-        generator = torch.Generator(device=param.device).manual_seed(0)
-        G = torch.randn(1, *param.shape, generator=generator, dtype=param.dtype, device=param.device)
-        ((_, pushed),) = weight.push({param: G}).items()  # a random direction that comes back unchanged tells
-        if pushed.shape == G.shape and torch.equal(pushed, G.to(pushed.dtype)):
-            return factors
-        if param.dim() == 2 and pushed.shape == G.mT.shape and torch.equal(pushed, G.mT.to(pushed.dtype)):
-            if isinstance(factors, Outer):
-                return Outer(factors.a, factors.b, factors.layout, not factors.transposed)
-            if isinstance(factors, Dense):
-                return Dense(factors.gradients.mT)
-    return None
+    g = dense(factors)
+    if g is None or weight.pull is None:
+        raise _inner_products_only("written out")
+    return weight.pull(g)
 
 
 def _project(factors: Factors, sides: Sides) -> Tensor:
     """`[B, r0, r1]`."""
+    if isinstance(factors, Patches):
+        sides = sides.whole()  # its patches are never laid out
+        return factors.projected(sides.left, sides.right)
+    if sides.narrow:
+        small = narrowed(factors, sides)
+        if small is None:
+            raise _inner_products_only("projected")
+        return _project(small, sides.within)
     if isinstance(factors, Outer):
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
-        return _joined(_apply(left, sides.left), _apply(right, sides.right), factors.layout)
-    if isinstance(factors, Patches):
-        return factors.projected(sides.left, sides.right)
+        return joined(applied(left, sides.left), applied(right, sides.right), factors.layout)
     if isinstance(factors, Lookup):
-        right = _apply(factors.b, sides.right)
+        right = applied(factors.b, sides.right)
         if sides.left is None:
-            return _scattered(factors.indices, right, factors.layout, sides.matrix[0])
+            return scattered(factors.indices, right, factors.layout, sides.matrix[0])
         left = F.embedding(factors.indices, sides.left.t().to(right.dtype))
-        return _joined(left, right, factors.layout)
-    dense = _dense(factors)
-    if dense is None:
-        raise CoverageError(
-            "per-sample gradients that answer inner products only (a fallback's) cannot be projected: leave the "
-            "parameters out with exclude=[...]."
-        )
+        return joined(left, right, factors.layout)
+    g = dense(factors)
+    if g is None:
+        raise _inner_products_only("projected")
     rows, columns = sides.matrix
     if columns == 1 and sides.right is None:  # a vector: one product for all samples
-        return _apply(dense.reshape(len(dense), rows), sides.left)[..., None]
-    g = dense.reshape(len(dense), rows, columns)
+        return applied(g.reshape(len(g), rows), sides.left)[..., None]
+    g = g.reshape(len(g), rows, columns)
     left = g if sides.left is None else sides.left.to(g.dtype) @ g
     return left if sides.right is None else left @ sides.right.to(g.dtype).t()
-
-
-def _apply(x: Tensor, matrix: Tensor | None) -> Tensor:
-    """`[…, r]`: x `[…, n]` through a projection `[r, n]`, summed later in at least float32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x if matrix is None else x @ matrix.to(x.dtype).t()).to(wide)
-
-
-def _joined(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
-    """`[B, r0, r1]`: Σ_t left_it ⊗ right_it."""
-    r0, r1 = left.shape[-1], right.shape[-1]
-    if layout.labels is None:
-        left, right = layout.grouped(left), layout.grouped(right)
-        return left.reshape(layout.batch, -1, r0).mT @ right.reshape(layout.batch, -1, r1)
-    left, right = left.movedim(layout.dim, 0), right.movedim(layout.dim, 0)
-    middle = left.shape[1:-1].numel()  # named, since an expert may have no rows at all
-    left, right = left.reshape(len(left), middle, r0), right.reshape(len(right), middle, r1)
-    total = left.new_zeros(layout.batch, r0, r1)
-    block = max(1, ENTRIES // (r0 * r1))
-    for start in range(0, len(left), block):
-        part = slice(start, start + block)
-        pairs = left[part].mT @ right[part]  # [rows, r0, r1]
-        total += layout.labelled(0, layout.labels[part]).per_sample_sum(pairs, keep=2)
-    return total
-
-
-def _scattered(indices: Tensor, right: Tensor, layout: Layout, rows: int) -> Tensor:
-    """`[B, rows, r1]`: right `[…, r1]` added up in the rows that it was looked up from."""
-    owners = layout.row_labels(indices.shape[layout.dim], indices.device)
-    shape = [1] * indices.dim()
-    shape[layout.dim] = -1
-    owners = owners.reshape(shape).expand_as(indices).reshape(-1)
-    total = right.new_zeros((layout.batch + 1) * rows, right.shape[-1])
-    places = (owners % (layout.batch + 1)) * rows + indices.reshape(-1)
-    total.index_add_(0, places, right.reshape(-1, right.shape[-1]))
-    return total.reshape(layout.batch + 1, rows, -1)[: layout.batch]
-
-
-def _dense(factors: Factors) -> Tensor | None:
-    """`[B, *weight.shape]`: the gradients written out; None for factors that answer inner products only."""
-    if isinstance(factors, Dense):
-        return factors.gradients
-    if isinstance(factors, Outer):
-        left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
-        return _joined(_apply(left, None), _apply(right, None), factors.layout)
-    if isinstance(factors, Patches):
-        g = factors.projected(None, None)  # [B, p, patch]
-        return g.reshape(len(g), *factors.primals[factors.operand].shape)
-    if isinstance(factors, Apart):
-        return factors.written_out()
-    if isinstance(factors, Directional):
-        return _differentiated(factors)
-    return None
-
-
-def _differentiated(factors: Directional) -> Tensor:
-    """`[B, *weight.shape]`: one derivative of the operation per sample."""
-    layout, b = factors.layout, factors.b
-    owners = layout.row_labels(b.shape[layout.dim], b.device)
-    shape = [1] * b.dim()
-    shape[layout.dim] = -1
-    rows = []
-    with torch.enable_grad():
-        primals = [x.detach() for x in factors.primals]
-        moved = primals[factors.operand].requires_grad_()
-        y = factors.call(*primals)
-        for i in range(layout.batch):
-            own = b * (owners == i).reshape(shape)
-            rows.append(torch.autograd.grad(y, moved, own.to(y.dtype), retain_graph=True)[0])
-    return torch.stack(rows)
 
 
 def _by_directions(weight: Weight, factors: Factors, param: Parameter, sides: Sides) -> Tensor:

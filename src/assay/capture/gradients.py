@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture.bottleneck import Sides, projected
+from assay.capture.bottleneck import projected
 from assay.capture.factors import Dense, Directional, Elementwise, Factors, Lookup, Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.rounding import Rounded
+from assay.capture.sides import Sides
 from assay.capture.tokens import ByToken
 from assay.errors import CoverageError
 

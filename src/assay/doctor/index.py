@@ -24,7 +24,7 @@ def examine_index(root: Path) -> tuple[Room, list[Finding]]:
     try:
         header = read_header(folder)
         assert header is not None  # the file is why we are here
-        if header.projection.kind == "pca":
+        if not header.projection.drawn_again:
             stored_sides(folder, header)
     except NewerFormatError:
         raise

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.nn import Parameter
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides
+from assay.capture.sides import Sides
 from assay.errors import StoreError
 from assay.projection import Layer, Projection, Projector, random_sides
 from assay.rows import Folder
@@ -67,8 +67,9 @@ class Header:
 
     @property
     def stored(self) -> bool:
-        """Whether the projections cannot be drawn again: principal axes, or random ones balanced by D."""
-        return self.projection.kind == "pca" or (self.preconditioned and self.projection.kind == "random")
+        """Whether the projections are kept: principal axes, random ones balanced by D, and those with a support."""
+        balanced = self.preconditioned and self.projection.kind == "random"
+        return balanced or not self.projection.drawn_again
 
     def sides(self, folder: Folder, weights: Weights) -> dict[str, Sides]:
         """The projections: drawn again, or read.
@@ -99,10 +100,20 @@ class Header:
 
 
 def draw_sides(
-    params: Mapping[str, Parameter], projection: Projection, ranks: Mapping[str, int | None]
+    params: Mapping[str, Parameter],
+    projection: Projection,
+    ranks: Mapping[str, int | None],
+    vocabularies: Collection[Parameter] = (),
 ) -> dict[str, Sides]:
-    """Random projections, each parameter with its own rank."""
-    return {n: random_sides(n, p, replace(projection, rank=ranks[n])) for n, p in params.items()}
+    """Random projections, each parameter with its own rank, and of these parameters all rows read."""
+
+    def of(name: str) -> Projection:
+        rank, support = ranks[name], projection.support
+        return replace(
+            projection, rank=rank, support=None if support is None or rank is None else max(support, rank)
+        )
+
+    return {n: random_sides(n, p, of(n), p in vocabularies) for n, p in params.items()}
 
 
 def _width(shape: tuple[int, ...], rank: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from assay.capture.bottleneck import Sides
+from assay.capture.sides import Sides
 from assay.embedding.header import Header, read_header
 from assay.errors import InputError, StoreError
 from assay.methods.base import Context

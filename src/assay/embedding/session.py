@@ -2,14 +2,15 @@
 
 Projected gradients are formed in the backward pass, use by use. Where K is no multiple of the identity they must pass
 the optimizer's diagonal before the projection, which is known only at the step: then the factored gradients are kept
-until it. Rows go to the disk in a thread of their own; the queue to it is bounded, so that a slow disk slows training
-and fills no memory.
+until it, or of a projection with a support the little that it reads of them. Rows go to the disk in a thread of their
+own; the queue to it is bounded, so that a slow disk slows training and fills no memory.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from assay.capture import Capture
-from assay.capture.bottleneck import projected_through, refuse_uncovered
+from assay.capture.bottleneck import projected_through, refuse_uncovered, small_projected, small_uses
 from assay.capture.factors import Factors
 from assay.capture.marks import Weight
 from assay.capture.probe import WHOLE
@@ -43,7 +44,21 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingSession"]
 
 COMMIT_BYTES = 4 << 20
-Kept = list[tuple[Weight, Factors]]
+
+
+@dataclass
+class _Vector:
+    """P x of one micro-batch, for x a gradient or a draw, and what P D x is formed of at the step.
+
+    Args:
+        rows: `[B, width]`, P x.
+        kept: x by weight, of a draw; the run keeps the gradients.
+        small: what the projections read of x by parameter, and of whose samples, where they have a support.
+    """
+
+    rows: Tensor
+    kept: list[tuple[Weight, Factors]] = field(default_factory=list)
+    small: list[tuple[Parameter, Factors, slice]] = field(default_factory=list)
 
 
 class _Watch:
@@ -51,10 +66,9 @@ class _Watch:
 
     def __init__(self, session: EmbeddingSession, capture: Capture, generator: torch.Generator) -> None:
         self.session, self.capture, self.generator = session, capture, generator
-        self.rows = session.projector.empty(capture.batch)
-        self.drawn: list[Tensor] = []
-        self.kept_draws: list[Kept] = []
-        capture.takes.append(self._taker(self.rows, None))
+        self.gradient = _Vector(session.projector.empty(capture.batch))
+        self.drawn: list[_Vector] = []
+        capture.takes.append(self._taker(self.gradient, keep=False))
         self._hook = None
         if session.method.curvature == "ggn":
             self._hook = session.logits.register_forward_hook(self._see_logits)
@@ -78,16 +92,21 @@ class _Watch:
             found = list(output_gradients(logits, gradient, self.session.method.draws, self.generator))
         for n, other in enumerate(found):
             if n == len(self.drawn):
-                self.drawn.append(self.session.projector.empty(self.capture.batch))
-                self.kept_draws.append([])
-            self.capture.look(logits, other, self._taker(self.drawn[n], self.kept_draws[n]))
+                self.drawn.append(_Vector(self.session.projector.empty(self.capture.batch)))
+            self.capture.look(logits, other, self._taker(self.drawn[n], self.session.preconditioned))
 
-    def _taker(self, rows: Tensor, kept: Kept | None) -> Any:
+    def _taker(self, vector: _Vector, keep: bool) -> Any:
+        session = self.session
+
         def take(weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
-            if self.session.ready:
-                self.session.projector.add(rows, weight, factors, part)
-            if kept is not None and self.session.preconditioned:
-                kept.append((weight, factors))
+            if session.small:  # both P x and P D x are formed of it, at the step
+                for param, read in small_uses(weight, factors, session.projector.sides).items():
+                    vector.small.append((param, read, part))
+                return
+            if session.ready:
+                session.projector.add(vector.rows, weight, factors, part)
+            if keep:
+                vector.kept.append((weight, factors))
 
         return take
 
@@ -113,6 +132,7 @@ class EmbeddingSession:
         self.projector = Projector(context.weights, self.sides)
         self.through = self.projector.sides
         self.ready = not (self.preconditioned and method.projection.kind == "random")  # D is not known yet
+        self.small = self.preconditioned and method.projection.support is not None
         if self._before is not None:
             self.through, self.ready = Projector(context.weights, self._before.through).sides, True
         self.logits = context.model
@@ -134,7 +154,8 @@ class EmbeddingSession:
         """Watch the backward pass; keep the gradients where the optimizer's diagonal is still to come."""
         # of each step its own, so that a resumed run draws what the unbroken one would have drawn
         self._generator.manual_seed((self.method.seed * 1_000_003 + step) % 2**63)
-        return Demand(keep=self.params if self.preconditioned else (), watch=self._watch)
+        keep = self.preconditioned and not self.small
+        return Demand(keep=self.params if keep else (), watch=self._watch)
 
     def _watch(self, capture: Capture) -> _Watch:
         return _Watch(self, capture, self._generator)
@@ -177,31 +198,44 @@ class EmbeddingSession:
         self.ready = True
         for batch in batches:
             assert isinstance(batch.watch, _Watch)
-            for rows, kept in (
-                (batch.watch.rows, batch.kept),
-                *zip(batch.watch.drawn, batch.watch.kept_draws, strict=True),
-            ):
-                for weight, factors in kept:
-                    self.projector.add(rows, weight, factors)
+            for vector in self._vectors(batch):
+                for weight, factors in vector.kept:
+                    self.projector.add(vector.rows, weight, factors)
+
+    def _vectors(self, batch: MicroBatch) -> list[_Vector]:
+        """The gradient and the draws, with all that was kept of them."""
+        watch = batch.watch
+        assert isinstance(watch, _Watch)
+        return [replace(watch.gradient, kept=batch.kept), *watch.drawn]
 
     def _rows_of(self, batch: MicroBatch, through: Mapping[Parameter, Tensor | float]) -> Tensor:
         """`[B, parts · width]`."""
-        watch = batch.watch
-        assert isinstance(watch, _Watch)
-        pairs = [(watch.rows, batch.kept), *zip(watch.drawn, watch.kept_draws, strict=True)]
+        vectors = self._vectors(batch)
         if not self.preconditioned:
-            return torch.cat([rows for rows, _ in pairs], 1)
-        parts = [part for rows, kept in pairs for part in (rows, self._through(kept, len(rows), through))]
-        return torch.cat(parts, 1)
+            return torch.cat([vector.rows for vector in vectors], 1)
+        form = self._of_small if self.small else self._through
+        return torch.cat([part for vector in vectors for part in form(vector, through)], 1)
 
-    def _through(self, kept: Kept, batch: int, through: Mapping[Parameter, Tensor | float]) -> Tensor:
-        """`[B, width]`: P D g."""
-        rows = self.projector.empty(batch)
-        for weight, factors in kept:
+    def _through(self, vector: _Vector, through: Mapping[Parameter, Tensor | float]) -> tuple[Tensor, Tensor]:
+        """`[B, width]` each: P x and P D x."""
+        rows = torch.zeros_like(vector.rows)
+        for weight, factors in vector.kept:
             found = projected_through(weight, factors, self.through, through)
             for param, part in found.items():
                 rows[:, self.projector.slices[param]] += part.flatten(1)
-        return rows
+        return vector.rows, rows
+
+    def _of_small(
+        self, vector: _Vector, through: Mapping[Parameter, Tensor | float]
+    ) -> tuple[Tensor, Tensor]:
+        """The same of what the projections read."""
+        rows = torch.zeros_like(vector.rows)
+        for param, factors, part in vector.small:
+            at = self.projector.slices[param]
+            vector.rows[part, at] += small_projected(factors, self.projector.sides[param]).flatten(1)
+            if param in through:
+                rows[part, at] += small_projected(factors, self.through[param], through[param]).flatten(1)
+        return vector.rows, rows
 
     def _scalars(
         self, step: Step, through: Mapping[Parameter, Tensor | float]

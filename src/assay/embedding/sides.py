@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture.bottleneck import Sides, stream_factors
+from assay.capture.bottleneck import stream_factors
+from assay.capture.sides import Sides
 from assay.curvature import Covariances
 from assay.embedding.header import draw_sides
 from assay.errors import InputError
 from assay.index.index import rows_of
 from assay.methods.base import Context
+from assay.projection import vocabularies
 
 if TYPE_CHECKING:
     from assay.methods.embedding import DataValueEmbedding
@@ -44,7 +46,7 @@ def choose_sides(method: DataValueEmbedding, context: Context) -> tuple[Ranks, d
         rank = _rank_within(method.budget, params, method.ranks)
     ranks: Ranks = {name: method.ranks.get(name, rank) for name in params}
     if method.projection.kind != "pca":
-        return ranks, draw_sides(params, method.projection, ranks)
+        return ranks, draw_sides(params, method.projection, ranks, vocabularies(context.model))
     return ranks, _principal(method, context, ranks)
 
 
@@ -72,12 +74,15 @@ def balanced(
         columns = (
             (size.mean(0) / mean + 0.1).clamp_min(1e-30).rsqrt() if mean > 0 else torch.ones(own.matrix[1])
         )
+        rows, columns = (
+            x if read is None else x[read] for x, read in ((rows, own.rows), (columns, own.columns))
+        )
         left, right = (
             torch.eye(n, dtype=torch.float64) if matrix is None else matrix.double()
-            for n, matrix in zip(own.matrix, (own.left, own.right), strict=True)
+            for n, matrix in zip(own.within.matrix, (own.left, own.right), strict=True)
         )
         for into, r, c in ((plain, rows, columns), (inverse, 1 / rows, 1 / columns)):
-            into[name] = Sides(own.shape, (left * r).float(), (right * c).float())
+            into[name] = replace(own, left=(left * r).float(), right=(right * c).float())
     return plain, inverse
 
 
@@ -121,8 +126,8 @@ def _principal(method: DataValueEmbedding, context: Context, ranks: Ranks) -> di
             partial(found.add, scale=float(size)),
         )
         found.examples += size
-    random = draw_sides(params, replace(method.projection, kind="random", rank=method.projection.rank or 64), {
-        name: rank or 64 for name, rank in ranks.items()
-    })  # fmt: skip
+    like = replace(method.projection, kind="random", rank=method.projection.rank or 64)
+    full = {name: rank or 64 for name, rank in ranks.items()}
+    random = draw_sides(params, like, full, vocabularies(context.model))
     by_rank = {rank: found.sides(rank, random) for rank in set(ranks.values())}
     return {name: by_rank[rank][name] for name, rank in ranks.items()}

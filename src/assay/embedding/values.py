@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from assay.capture.bottleneck import Sides
+from assay.capture.sides import Sides
 from assay.embedding.header import SCALARS
 from assay.embedding.recorded import Recorded
 from assay.errors import InputError
@@ -91,7 +91,7 @@ def _gradients(
 
 def _projected(gradient: Tensor, sides: Sides) -> Tensor:
     """`[width]`: P_o G P_iᵀ."""
-    G = gradient.detach().double().cpu().reshape(sides.matrix)
+    G = sides.read(gradient.detach().double().cpu().reshape(sides.matrix))
     left = G if sides.left is None else sides.left.double() @ G
     return (left if sides.right is None else left @ sides.right.double().t()).flatten()
 

@@ -17,12 +17,13 @@ import torch
 from torch.nn import Module
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides, stream_factors
+from assay.capture.bottleneck import stream_factors
+from assay.capture.sides import Sides
 from assay.curvature import Covariances
 from assay.errors import InputError, StoreError
 from assay.index.curvature import is_stored, store_curvature
 from assay.index.header import Header, fingerprint, read_header, stored_sides
-from assay.projection import LossFn, Projection, Projector, Reduction, random_sides
+from assay.projection import LossFn, Projection, Projector, Reduction, random_sides, vocabularies
 from assay.rows import Background, Folder, RowDtype, RowReader, RowWriter, Share
 from assay.rows.format import read_manifest
 from assay.rows.sides import save_sides, sides_crc
@@ -87,11 +88,12 @@ class Builder:
             store_curvature(self.folder, header, RowReader(rows))
 
     def _begin(self) -> tuple[dict[str, Sides], Header]:
-        drawn = {n: random_sides(n, p, self.projection) for p, n in self.weights.names.items()}
+        drawn = self._random(self.projection)
         found: Covariances | None = None
         if self.projection.kind == "pca":
             found = self._covariances()
             drawn = found.sides(self.projection.rank, self._fallback())
+        if not self.projection.drawn_again:
             save_sides(self.folder, drawn)
         projector = Projector(self.weights, drawn)
         if found is not None:
@@ -132,7 +134,11 @@ class Builder:
     def _fallback(self) -> dict[str, Sides]:
         """Random projections for the sides that have no covariance."""
         like = self.projection if self.projection.rank is None else replace(self.projection, kind="random")
-        return {n: random_sides(n, p, like) for p, n in self.weights.names.items()}
+        return self._random(like)
+
+    def _random(self, projection: Projection) -> dict[str, Sides]:
+        whole = vocabularies(self.model)
+        return {n: random_sides(n, p, projection, p in whole) for p, n in self.weights.names.items()}
 
     def _covariances(self) -> Covariances:
         if isinstance(self.id_batches, Iterator):
@@ -216,7 +222,7 @@ def sides_of(folder: Folder, header: Header, weights: Weights) -> dict[str, Side
     Raises:
         StoreError: they are damaged, or this version of torch draws other numbers.
     """
-    if header.projection.kind == "pca":
+    if not header.projection.drawn_again:
         return stored_sides(folder, header)
     by_name = {name: param for param, name in weights.names.items()}
     if set(by_name) != set(header.shapes):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from assay.capture import Weights
-from assay.capture.bottleneck import Sides
+from assay.capture.sides import Sides
 from assay.projection import Layer, Projection, Reduction
 from assay.rows import Folder
 from assay.rows.sides import load_sides, sides_crc

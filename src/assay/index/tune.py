@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from assay.capture.bottleneck import Sides
+from assay.capture.sides import Sides
 from assay.curvature import Block, Diagonal, Fisher
 from assay.errors import InputError
 from assay.evaluate.intervals import Score, mean_with_interval

@@ -7,18 +7,21 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from assay.capture.bottleneck import Sides
+from assay.capture.sides import Sides
 from assay.rows.folder import Folder
 from assay.rows.format import to_numpy, to_torch
 
 __all__ = ["load_sides", "save_sides", "sides_crc"]
+
+PARTS = ("left", "right", "rows", "columns")
 
 
 def sides_crc(sides: Mapping[str, Sides]) -> str:
     """A checksum of all projection matrices."""
     crc = 0
     for name, own in sides.items():
-        for matrix in (own.left, own.right):
+        read = [part for part in (own.rows, own.columns) if part is not None]
+        for matrix in (own.left, own.right, *read):
             data = b"-" if matrix is None else to_numpy(matrix).tobytes()
             crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
@@ -27,7 +30,7 @@ def sides_crc(sides: Mapping[str, Sides]) -> str:
 def save_sides(folder: Folder, sides: Mapping[str, Sides]) -> None:
     """Store projection matrices that cannot be drawn again."""
     for number, own in enumerate(sides.values()):
-        for side in ("left", "right"):
+        for side in PARTS:
             matrix: Tensor | None = getattr(own, side)
             if matrix is not None:
                 folder.write_array(_file(number, side), to_numpy(matrix))
@@ -42,11 +45,11 @@ def load_sides(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     there = {f"projection/{name.split('/')[1]}" for name in folder.names() if name.startswith("projection/")}
     found = {}
     for number, (name, shape) in enumerate(shapes.items()):
-        left, right = (
+        parts = (
             to_torch(folder.read_array(file)) if file in there else None
-            for file in (_file(number, "left"), _file(number, "right"))
+            for file in (_file(number, part) for part in PARTS)
         )
-        found[name] = Sides(shape, left, right)
+        found[name] = Sides(shape, *parts)
     return found
 
 

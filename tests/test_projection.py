@@ -10,15 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assay.capture import Weights
-from assay.capture.bottleneck import projected_through, stream_factors, written_out
+from assay.capture.bottleneck import (
+    projected,
+    projected_through,
+    small_projected,
+    small_uses,
+    stream_factors,
+    written_out,
+)
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.marks import Weight
 from assay.capture.sides import Sides
 from assay.errors import CoverageError, InputError
-from assay.projection import Projection, Projector, random_sides
+from assay.projection import Projection, Projector, random_sides, vocabularies
 
 NAMES = [name for name in CASES if not name.endswith("own_loss") and name != "custom_function"]
-KINDS = [Projection(rank=3, seed=1), Projection(kind="none")]
+SMALL = Projection(rank=2, seed=1, support=3)
+KINDS = [Projection(rank=3, seed=1), Projection(kind="none"), SMALL]
 
 
 def watched(model: nn.Module) -> Weights:
@@ -33,9 +41,19 @@ def projector_of(model: nn.Module, projection: Projection) -> Projector:
 
 def dense_projection(gradient: Tensor, sides: Sides) -> Tensor:
     g = gradient.reshape(sides.matrix)
-    left = torch.eye(sides.matrix[0]) if sides.left is None else sides.left
-    right = torch.eye(sides.matrix[1]) if sides.right is None else sides.right
-    return (left.to(g.dtype) @ g @ right.to(g.dtype).t()).flatten()
+    left, right = (
+        dense_matrix(*side, width).to(g.dtype)
+        for side, width in zip(
+            ((sides.left, sides.rows), (sides.right, sides.columns)), sides.matrix, strict=True
+        )
+    )
+    return (left @ g @ right.t()).flatten()
+
+
+def dense_matrix(matrix: Tensor | None, read: Tensor | None, width: int) -> Tensor:
+    """P, or P = R S with S the rows of the identity that are read."""
+    S = torch.eye(width) if read is None else torch.eye(width)[read]
+    return S if matrix is None else matrix @ S
 
 
 def dense_rows(model: nn.Module, terms: list[Tensor], projector: Projector) -> Tensor:
@@ -67,7 +85,7 @@ def compare(case: Case, loss: Loss, projection: Projection, size: int) -> None:
     assert_same(projector.rows(model, loss, batch, size, "sum"), truth, tolerance)
 
 
-@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+@pytest.mark.parametrize("projection", KINDS, ids=["random", "none", "support"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projection: Projection) -> None:
     case = CASES[name]
@@ -75,7 +93,7 @@ def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projec
         compare(case, loss, projection, size=4)
 
 
-@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+@pytest.mark.parametrize("projection", KINDS, ids=["random", "none", "support"])
 @pytest.mark.parametrize("name", ["mlp", "gpt", "gpt_expanded", "gpt2", "cnn"])
 def test_a_diagonal_between_gradient_and_projection(name: str, projection: Projection) -> None:
     case = CASES[name]
@@ -94,6 +112,10 @@ def test_a_diagonal_between_gradient_and_projection(name: str, projection: Proje
         for p, part in parts[0].items():
             found[p] += part
             torch.testing.assert_close(parts[-1][p], part)
+        for p, small in small_uses(weight, factors, sides).items():  # as it waits for D
+            torch.testing.assert_close(small_projected(small, sides[p], through[p]), parts[0][p])
+            plain = projected(weight, factors, sides)[p]
+            torch.testing.assert_close(small_projected(small, sides[p]), plain)
 
     stream_factors(model, weights, loss, batch, 4, take)
     for i in range(4):
@@ -101,7 +123,8 @@ def test_a_diagonal_between_gradient_and_projection(name: str, projection: Proje
             loss.part(model, batch, i), weights.params, allow_unused=True, materialize_grads=True
         )
         for (p, s), g in zip(sides.items(), gradients, strict=True):
-            torch.testing.assert_close(found[p][i].flatten(), dense_projection(g * through[p], s))
+            expected = dense_projection(g * through[p], s)
+            torch.testing.assert_close(found[p][i].flatten(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_use_that_no_rule_sees_is_refused_by_name() -> None:
@@ -196,6 +219,36 @@ def test_random_matrices_keep_inner_products_on_average_and_depend_on_name_and_s
         assert not torch.equal(other.left, sides.left)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("support", [4, 5, 12])
+def test_projections_with_a_support_are_unbiased(support: int) -> None:
+    """E[PᵀP] = I, entry by entry, where the runs that coordinates are drawn from have unequal lengths as well."""
+    param, total, draws = torch.zeros(14, 12), torch.zeros(14, 14), 3000
+    for seed in range(draws):
+        left = random_sides("w", param, Projection(rank=4, seed=seed, support=support)).whole().left
+        assert left is not None
+        total += left.t() @ left
+    assert float((total / draws - torch.eye(14)).abs().max()) < 0.2
+    read = random_sides("w", param, Projection(rank=4, support=support)).rows
+    assert read is not None
+    assert len(read.unique()) == support
+
+
+def test_vectors_and_rows_of_a_vocabulary_are_read_whole() -> None:
+    model = CASES["gpt2"].model()
+    whole = vocabularies(model)
+    assert {n for n, p in model.named_parameters() if p in whole} == {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
+    projection = Projection(rank=2, support=3)
+    table = random_sides("wte", torch.zeros(50, 20), projection, vocabulary=True)
+    assert table.rows is None
+    assert table.ranks == (2, 2)
+    assert len(table.columns) == 3  # type: ignore[arg-type]
+    assert not random_sides("bias", torch.zeros(50), projection).narrow
+    assert not random_sides("small", torch.zeros(3, 3), projection).narrow
+
+
 def test_refusals_name_what_is_wrong() -> None:
     with pytest.raises(InputError, match="kind='fast'"):
         Projection(kind="fast")  # type: ignore[arg-type]
@@ -203,6 +256,10 @@ def test_refusals_name_what_is_wrong() -> None:
         Projection(rank=0)
     with pytest.raises(InputError, match="needs a rank"):
         Projection(rank=None)
+    with pytest.raises(InputError, match="support=8"):
+        Projection(rank=16, support=8)
+    with pytest.raises(InputError, match="leave the support out"):
+        Projection(kind="none", support=8)
     case = CASES["mlp"]
     model, batch = case.model(), case.batch(4, seed=3)
     projector = projector_of(model, KINDS[0])

@@ -13,6 +13,7 @@ import assay
 from assay.capture import Weights, contraction, room
 from assay.embedding.header import draw_sides
 from assay.embedding.recorded import Recorded
+from assay.embedding.session import EmbeddingSession
 from tests.embedding.runs import BATCH, CLASSES, OPTIMIZERS, data, loss_fn, network, order, record, recorded
 
 
@@ -36,12 +37,16 @@ def projected(g: Tensor, found: Recorded, inverse: bool = False) -> Tensor:
     params = {name: p for p, name in weights.names.items()}
     for name, sides in header.sides(found.folder, weights).items():
         rows, columns = sides.matrix
-        left = torch.eye(rows) if sides.left is None else sides.left
-        right = torch.eye(columns) if sides.right is None else sides.right
+        left = torch.eye(rows if sides.rows is None else 3) if sides.left is None else sides.left
+        right = torch.eye(columns if sides.columns is None else 3) if sides.right is None else sides.right
         if inverse:
             drawn = draw_sides({name: params[name]}, header.projection, header.ranks)[name]
             left = inverted(left, drawn.left)
             right = inverted(right, drawn.right)
+        left, right = (
+            matrix if read is None else matrix.double() @ torch.eye(width)[read].double()
+            for matrix, read, width in ((left, sides.rows, rows), (right, sides.columns, columns))
+        )
         own = g[:, start : start + rows * columns]
         parts.append(own @ torch.kron(left.double(), right.double()).t())
         start += rows * columns
@@ -55,12 +60,14 @@ def inverted(stored: Tensor, drawn: Tensor | None) -> Tensor:
     return torch.where(stored != 0, plain.square() / stored, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["none", "random", "pca"])
+@pytest.mark.parametrize(
+    ("kind", "support"), [("none", None), ("random", None), ("pca", None), ("random", 3), ("pca", 3)]
+)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_rows_are_projected_gradients(optimizer: str, kind: Any) -> None:
+def test_rows_are_projected_gradients(optimizer: str, kind: Any, support: int | None) -> None:
     rank = None if kind == "none" else 2
     axes = assay.Target([data()], loss_fn) if kind == "pca" else None
-    projection = assay.Projection(rank=rank or 64, kind=kind)
+    projection = assay.Projection(rank=rank or 64, kind=kind, support=support)
     _, run = record(optimizer, projection=projection, axes=axes)
     found = recorded(run)
     g = gradients(network())
@@ -77,6 +84,40 @@ def test_rows_are_projected_gradients(optimizer: str, kind: Any) -> None:
             )
             balanced = found.header.sides(found.folder, weights_of(network()))
             assert not torch.allclose(balanced["0.weight"].left, plain["0.weight"].left)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ggn"])
+def test_with_a_support_nothing_waits_for_the_step_but_what_is_read(
+    curvature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a weight 3 entries of a side wait for D; beside another method, which keeps all, the rows are the same."""
+    seen: list[int] = []
+    before = EmbeddingSession.before_update
+
+    def look(self: EmbeddingSession, step: int, batches: Any, *rest: Any) -> None:
+        for batch in batches:
+            assert not batch.kept
+            for vector in self._vectors(batch):
+                assert not vector.kept
+                tensors = [t for _, f, _ in vector.small for t in vars(f).values() if isinstance(t, Tensor)]
+                seen.append(sum(t.untyped_storage().nbytes() // t.itemsize for t in tensors))
+        before(self, step, batches, *rest)
+
+    monkeypatch.setattr(EmbeddingSession, "before_update", look)
+    settings: dict[str, Any] = {
+        "projection": assay.Projection(rank=2, support=3), "curvature": curvature, "draws": 2,
+    }  # fmt: skip
+    _, alone = record("adamw", **settings)
+    assert seen[-1] == BATCH * (3 + 3 + 5 + 3 + 3 + CLASSES)  # pairs of both sides, and the biases
+    assert max(seen) == BATCH * (
+        3 * 3 + 5 + 3 * 3 + CLASSES
+    )  # the first batch is compared with autograd as a whole
+    x, y = data()
+    target = assay.Target([(x[:6], y[:6])], loss_fn)
+    for memory in ("keep", "recompute"):
+        shapley = assay.InRunShapley({"one": target}, path="trapezoid", memory=memory)  # type: ignore[arg-type]
+        _, beside = record("adamw", methods=[shapley], **settings)
+        torch.testing.assert_close(recorded(beside).read(0, 36), recorded(alone).read(0, 36))
 
 
 def gauss_newton(model: nn.Module) -> Tensor:

@@ -20,6 +20,18 @@ def test_recursion_is_the_explicit_product(optimizer: str, blocks: str) -> None:
     torch.testing.assert_close(found.export(), expected, **EXACT)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_recursion_with_a_support(optimizer: str) -> None:
+    model, run = record(optimizer, projection=assay.Projection(rank=2, support=3))
+    found = run.ledger.embeddings(segments=3)
+    expected = dense_embeddings(recorded(run), "fisher", "layer", momentum=True)
+    torch.testing.assert_close(found.export(), expected, **EXACT)
+    x, y = data()
+    queries = [(x[:3], y[:3])]
+    projected = found.project(model, queries, loss_fn)
+    torch.testing.assert_close(found.influence(model, queries, loss_fn), projected @ expected.t(), **EXACT)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_gauss_newton(optimizer: str) -> None:
     _, run = record(optimizer, curvature="ggn", draws="all")

@@ -4,9 +4,9 @@ The gradient of a weight is a matrix g_i; what is kept of it is P_o g_i P_iᵀ w
 (Choe et al., "What is your data worth to GPT?", arXiv 2405.13954, section 3). A side that is no wider than the rank is
 kept as it is. Vectors (biases, norms) have one side.
 
-With a support a side is read at that many random coordinates only, P = R S (a random mask on both factors before the
-projection, as in FactGraSS; Hu et al., "GraSS: Scalable Influence Function with Sparse Gradient Compression", arXiv
-2505.18976).
+With a support a side is read at that many random coordinates only, and what both sides leave of the gradient is
+sketched as one vector (FactGraSS: a random mask on both factors, then a sparse projection; Hu et al., "GraSS: Scalable
+Influence Function with Sparse Gradient Compression", arXiv 2505.18976).
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Projection:
             "none" keeps gradients whole.
         seed: of the random matrices and of the coordinates.
         support: of the wider sides of a matrix only so many coordinates are read, one out of each of as many runs of
-            neighbours, before they are projected; E[PᵀP] = I holds as before. That is faster, the more so where an
-            optimizer's diagonal stands between gradient and projection, and less exact. Vectors are read whole, and of
-            a vocabulary (`torch.nn.Embedding`, the head of a language model) all rows are. None reads everything.
+            neighbours; E[PᵀP] = I holds as before. That is faster, the more so where an optimizer's diagonal stands
+            between gradient and projection. Vectors are read whole, and of a vocabulary (`torch.nn.Embedding`, the head
+            of a language model) all rows are. None reads everything.
 
     Raises:
         InputError: a rank or a support that is no positive number, a support below the rank, or an unknown kind.
@@ -99,10 +99,12 @@ class Projection:
 
 
 def random_sides(name: str, param: Tensor, projection: Projection, vocabulary: bool = False) -> Sides:
-    """The random projections of one parameter: the same on every machine for one name and seed.
+    """The random projection of one parameter: the same on every machine for one name and seed.
 
-    N(0, 1/rank) without a support; with one, orthogonal rows of length √(support / rank) on coordinates each of which
-    weighs as much as the run of neighbours that it was drawn from.
+    Without a support two Gaussian matrices, N(0, 1/rank). With one, coordinates of both sides, each of which weighs as
+    much as the run of neighbours that it was drawn from, and a sketch: the entries that they have in common are dealt
+    out to rank² sums with random signs, as evenly as can be. Where a side is read whole and is wider than the support
+    (vocabularies), and in the place of principal axes, both sides have a matrix, orthogonal on what is read.
 
     Args:
         name: of the parameter.
@@ -116,21 +118,52 @@ def random_sides(name: str, param: Tensor, projection: Projection, vocabulary: b
     generator = torch.Generator().manual_seed(
         zlib.crc32(name.encode()) ^ (projection.seed * 0x9E3779B1) % 2**63
     )
-    rank, support = projection.rank, projection.support if param.dim() > 1 else None
+    rank, support = projection.rank, projection.support
+    rows, columns = bare.matrix
+    if support is None or param.dim() < 2 or max(rows, columns) <= rank:
+        return Sides(bare.shape, _gaussian(rank, rows, generator), _gaussian(rank, columns, generator))
+    read_rows, row_weights = _read(rows, None if vocabulary else support, generator)
+    read_columns, column_weights = _read(columns, support, generator)
+    if projection.kind == "pca" or len(row_weights) > support:
+        left, right = (_orthogonal(rank, weights, generator) for weights in (row_weights, column_weights))
+        return Sides(bare.shape, left, right, read_rows, read_columns)
+    weights = (row_weights[:, None] * column_weights).flatten()
+    entries, signs = _sketch((min(rank, rows), min(rank, columns)), weights, generator)
+    return Sides(bare.shape, None, None, read_rows, read_columns, entries, signs)
+
+
+def _read(width: int, support: int | None, generator: torch.Generator) -> tuple[Tensor | None, Tensor]:
+    """The coordinates of a side that are read, None for all, and what they weigh."""
+    if support is None or width <= support:
+        return None, torch.ones(width)
+    return one_of_each_run(width, support, generator)
+
+
+def _gaussian(rank: int, width: int, generator: torch.Generator) -> Tensor | None:
+    """`[rank, width]` with E[PᵀP] = I; None for a side that is no wider than the rank."""
     scale: float = rank**-0.5
+    return None if width <= rank else torch.randn(rank, width, generator=generator) * scale
 
-    def draw(width: int, support: int | None) -> tuple[Tensor | None, Tensor | None]:
-        if width <= rank:
-            return None, None
-        if support is None or width <= support:
-            return torch.randn(rank, width, generator=generator) * scale, None
-        read, weights = one_of_each_run(width, support, generator)
-        axes = torch.linalg.qr(torch.randn(support, rank, generator=generator))[0].t()
-        return axes * support**0.5 * scale * weights, read
 
-    left, rows = draw(bare.matrix[0], None if vocabulary else support)
-    right, columns = draw(bare.matrix[1], support)
-    return Sides(bare.shape, left, right, rows, columns)
+def _orthogonal(rank: int, weights: Tensor, generator: torch.Generator) -> Tensor | None:
+    """`[rank, width]` with E[PᵀP] = I on coordinates of these weights; None where all fit into the rank."""
+    width = len(weights)
+    if width <= rank and bool((weights == 1).all()):
+        return None
+    axes: Tensor = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0]
+    return axes.t() * (width / rank) ** 0.5 * weights
+
+
+def _sketch(ranks: tuple[int, int], weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`[r0, r1, n]` each: every entry in one sum, with a random sign; an entry times 0 where a sum has one less."""
+    places = ranks[0] * ranks[1]
+    each = -(-len(weights) // places)
+    order = torch.randperm(len(weights), generator=generator)
+    signs = torch.randint(2, (len(weights),), generator=generator) * 2.0 - 1
+    spare = each * places - len(weights)
+    entries = torch.cat([order, torch.zeros(spare, dtype=torch.long)]).view(each, *ranks)
+    factors = torch.cat([signs * weights[order], torch.zeros(spare)]).view(each, *ranks)
+    return entries.movedim(0, 2).contiguous(), factors.movedim(0, 2).contiguous()
 
 
 def vocabularies(model: Module) -> set[Parameter]:

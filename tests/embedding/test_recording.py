@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,8 +40,14 @@ def projected(g: Tensor, found: Recorded, inverse: bool = False) -> Tensor:
         rows, columns = sides.matrix
         left = torch.eye(rows if sides.rows is None else 3) if sides.left is None else sides.left
         right = torch.eye(columns if sides.columns is None else 3) if sides.right is None else sides.right
+        drawn = draw_sides({name: params[name]}, header.projection, header.ranks)[name]
+        if sides.signs is not None and drawn.signs is not None:
+            signs = inverted(sides.signs, drawn.signs) if inverse else sides.signs
+            sketch = torch.cat([d.flatten(1) for d in replace(sides, signs=signs).directions(g)])
+            parts.append(g[:, start : start + rows * columns] @ sketch.t())
+            start += rows * columns
+            continue
         if inverse:
-            drawn = draw_sides({name: params[name]}, header.projection, header.ranks)[name]
             left = inverted(left, drawn.left)
             right = inverted(right, drawn.right)
         left, right = (

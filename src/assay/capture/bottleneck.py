@@ -136,7 +136,7 @@ def projected(weight: Weight, factors: Factors, sides: Mapping[Parameter, Sides]
         factors = factors.widened()
     own = _of_parameters(weight, factors, wanted)
     if own is None:
-        return {p: _by_directions(weight, factors, p, sides[p].whole()) for p in wanted}
+        return {p: _by_directions(weight, factors, p, sides[p]) for p in wanted}
     return {p: _project(own[p], sides[p]) for p in wanted}
 
 
@@ -290,7 +290,7 @@ def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
 
 def _project(factors: Factors, sides: Sides) -> Tensor:
     """`[B, r0, r1]`."""
-    if isinstance(factors, Patches):
+    if isinstance(factors, Patches) and sides.entries is None:
         sides = sides.whole()  # its patches are never laid out
         return factors.projected(sides.left, sides.right)
     if sides.narrow:
@@ -298,36 +298,32 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
         if small is None:
             raise _inner_products_only("projected")
         return _project(small, sides.within)
-    if isinstance(factors, Outer):
+    if isinstance(factors, Outer) and sides.entries is None:
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
         return joined(applied(left, sides.left), applied(right, sides.right), factors.layout)
     if isinstance(factors, Lookup):
         right = applied(factors.b, sides.right)
         if sides.left is None:
-            return scattered(factors.indices, right, factors.layout, sides.matrix[0])
+            g = scattered(factors.indices, right, factors.layout, sides.matrix[0])
+            return g if sides.entries is None else sides.applied(g)
         left = F.embedding(factors.indices, sides.left.t().to(right.dtype))
         return joined(left, right, factors.layout)
     g = dense(factors)
     if g is None:
         raise _inner_products_only("projected")
     rows, columns = sides.matrix
-    if columns == 1 and sides.right is None:  # a vector: one product for all samples
+    if (
+        columns == 1 and sides.right is None and sides.entries is None
+    ):  # a vector: one product for all samples
         return applied(g.reshape(len(g), rows), sides.left)[..., None]
-    g = g.reshape(len(g), rows, columns)
-    left = g if sides.left is None else sides.left.to(g.dtype) @ g
-    return left if sides.right is None else left @ sides.right.to(g.dtype).t()
+    return sides.applied(g.reshape(len(g), rows, columns))
 
 
 def _by_directions(weight: Weight, factors: Factors, param: Parameter, sides: Sides) -> Tensor:
-    """`[B, r0, r1]`: inner products with every rank-one direction of the projection; the last resort."""
-    rows, columns = sides.matrix
-    eye = {"dtype": param.dtype, "device": param.device}
-    left = torch.eye(rows, **eye) if sides.left is None else sides.left.to(**eye)  # type: ignore[call-overload]
-    right = torch.eye(columns, **eye) if sides.right is None else sides.right.to(**eye)  # type: ignore[call-overload]
+    """`[B, r0, r1]`: inner products with every row of the projection; the last resort."""
     others = {p: torch.zeros_like(p)[None] for p in weight.params if p is not param}
     found = []
-    for row in left:  # r1 directions at once
-        directions = (row[None, :, None] * right[:, None, :]).reshape(-1, *param.shape)
+    for directions in sides.directions(param):  # r1 at once
         rest = {p: zero.expand(len(directions), *p.shape) for p, zero in others.items()}
         pushed = weight.push({param: directions, **rest})
         found.append(torch.stack([factors.dot(part) for part in pushed.values()]).sum(0))  # [r1, B]

@@ -1,24 +1,28 @@
-"""The two projections of one parameter, and the coordinates that they read.
+"""The projection of one parameter's gradients, and the coordinates that it reads.
 
-A side may be read at a few of its coordinates only: P = R S with S the rows of the identity that belong to them. Then
-P_o g P_iᵀ needs the sub-matrix g[rows, columns] and no more, also where a diagonal D stands in between,
-P_o (D ⊙ g) P_iᵀ = R_o (D[rows, columns] ⊙ g[rows, columns]) R_iᵀ: the random mask of GraSS (Hu et al., arXiv
-2505.18976), on both factors of a gradient as in its FactGraSS.
+Either from both sides, P_o g P_iᵀ, or as a sketch of the entries that it reads. A side may be read at a few of its
+coordinates only: with S the rows of the identity that belong to them, P acts on S_o g S_iᵀ = g[rows, columns] and needs
+no more of g, also where a diagonal D stands in between: S_o (D ⊙ g) S_iᵀ = D[rows, columns] ⊙ g[rows, columns]. So does
+FactGraSS: a random mask on both factors of a gradient, then a sparse projection of the masked gradient's entries (Hu et
+al., arXiv 2505.18976).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sides", "chosen", "one_of_each_run", "run_lengths"]
+__all__ = ["PARTS", "Sides", "chosen", "one_of_each_run", "run_lengths"]
+
+PARTS = ("left", "right", "rows", "columns", "entries", "signs")  # the tensors of `Sides`
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The two projections of one parameter, seen as a matrix `[rows, columns]`: its first dimension by all others.
+    """The projection P of one parameter, seen as a matrix `[rows, columns]`: its first dimension by all others.
 
     Args:
         shape: the parameter's shape.
@@ -26,6 +30,9 @@ class Sides:
         right: `[r1, columns that are read]`; None likewise.
         rows: `[s0]` int64, the rows that are read, ascending; None reads all.
         columns: `[s1]`, the columns; None likewise.
+        entries: `[r0, r1, n]` int64, in the place of left and right: which of the entries that are read, `[s0·s1]` row
+            by row, each number of a sketch is a sum of.
+        signs: `[r0, r1, n]`, what they are multiplied by.
 
     Example:
         >>> sides = Sides((3, 4), columns=torch.tensor([1, 3]))
@@ -42,6 +49,8 @@ class Sides:
     right: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    entries: Tensor | None = None
+    signs: Tensor | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -59,17 +68,19 @@ class Sides:
 
     @property
     def within(self) -> Sides:
-        """The projections of the sub-matrix that is read, as a parameter of its own."""
+        """The projection of the sub-matrix that is read, as of a parameter of its own."""
         if not self.narrow:
             return self
         rows, columns = self.matrix
         rows = rows if self.rows is None else len(self.rows)
         columns = columns if self.columns is None else len(self.columns)
-        return Sides((rows, columns), self.left, self.right)
+        return replace(self, shape=(rows, columns), rows=None, columns=None)
 
     @property
     def ranks(self) -> tuple[int, int]:
         """r0 and r1."""
+        if self.entries is not None:
+            return self.entries.shape[0], self.entries.shape[1]
         rows, columns = self.within.matrix
         return rows if self.left is None else len(self.left), columns if self.right is None else len(
             self.right
@@ -82,11 +93,8 @@ class Sides:
 
     def to(self, device: torch.device) -> Sides:
         """The same on a device."""
-
-        def there(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
-
-        return Sides(self.shape, there(self.left), there(self.right), there(self.rows), there(self.columns))
+        found = {name: getattr(self, name) for name in PARTS}
+        return replace(self, **{name: x.to(device) for name, x in found.items() if x is not None})
 
     def read(self, x: Tensor) -> Tensor:
         """`[…, s0, s1]`: what is read of x `[…, rows, columns]`."""
@@ -94,13 +102,41 @@ class Sides:
             x = x.index_select(-2, self.rows)
         return chosen(x, self.columns)
 
+    def applied(self, x: Tensor) -> Tensor:
+        """`[…, r0, r1]`: P x of what is read of it, x `[…, s0, s1]`."""
+        if self.entries is not None and self.signs is not None:
+            parts = x.flatten(-2)[..., self.entries.flatten()].unflatten(-1, self.entries.shape)
+            return (parts * self.signs.to(x.dtype)).sum(-1)
+        left = x if self.left is None else self.left.to(x.dtype) @ x
+        return left if self.right is None else left @ self.right.to(x.dtype).t()
+
     def whole(self) -> Sides:
-        """The same projections with a column for every coordinate, nothing at those that are not read."""
+        """The same two sides with a column for every coordinate, nothing at those that are not read."""
         if not self.narrow:
             return self
         rows, columns = self.matrix
         left, right = _spread(self.left, self.rows, rows), _spread(self.right, self.columns, columns)
         return replace(self, left=left, right=right, rows=None, columns=None)
+
+    def directions(self, like: Tensor) -> Iterator[Tensor]:
+        """`[r1, *shape]`, r0 times: the rows of P, as directions of the parameter, on the device of `like`."""
+        eye = {"dtype": like.dtype, "device": like.device}
+        rows, columns = self.matrix
+        if self.entries is None or self.signs is None:
+            own = self.whole()
+            left = torch.eye(rows, **eye) if own.left is None else own.left.to(**eye)  # type: ignore[call-overload]
+            right = torch.eye(columns, **eye) if own.right is None else own.right.to(**eye)  # type: ignore[call-overload]
+            for row in left:
+                yield (row[None, :, None] * right[:, None, :]).reshape(-1, *self.shape)
+            return
+        s0, s1 = self.within.matrix
+        for entries, signs in zip(self.entries, self.signs, strict=True):
+            found = torch.zeros(len(entries), s0 * s1, **eye).scatter_add_(1, entries, signs.to(**eye))  # type: ignore[call-overload]
+            left, right = _spread(None, self.rows, rows), _spread(None, self.columns, columns)
+            found = found.view(-1, s0, s1)
+            found = found if left is None else left.to(**eye).t() @ found  # type: ignore[call-overload]
+            found = found if right is None else found @ right.to(**eye)  # type: ignore[call-overload]
+            yield found.reshape(-1, *self.shape)
 
 
 def chosen(x: Tensor, entries: Tensor | None) -> Tensor:

@@ -77,6 +77,11 @@ def balanced(
         rows, columns = (
             x if read is None else x[read] for x, read in ((rows, own.rows), (columns, own.columns))
         )
+        if own.entries is not None and own.signs is not None:
+            R = (rows[:, None] * columns).flatten()[own.entries]
+            plain[name] = replace(own, signs=(own.signs * R).float())
+            inverse[name] = replace(own, signs=(own.signs / R).float())
+            continue
         left, right = (
             torch.eye(n, dtype=torch.float64) if matrix is None else matrix.double()
             for n, matrix in zip(own.within.matrix, (own.left, own.right), strict=True)
@@ -126,7 +131,7 @@ def _principal(method: DataValueEmbedding, context: Context, ranks: Ranks) -> di
             partial(found.add, scale=float(size)),
         )
         found.examples += size
-    like = replace(method.projection, kind="random", rank=method.projection.rank or 64)
+    like = replace(method.projection, rank=method.projection.rank or 64)
     full = {name: rank or 64 for name, rank in ranks.items()}
     random = draw_sides(params, like, full, vocabularies(context.model))
     by_rank = {rank: found.sides(rank, random) for rank in set(ranks.values())}

@@ -90,10 +90,9 @@ def _gradients(
 
 
 def _projected(gradient: Tensor, sides: Sides) -> Tensor:
-    """`[width]`: P_o G P_iᵀ."""
-    G = sides.read(gradient.detach().double().cpu().reshape(sides.matrix))
-    left = G if sides.left is None else sides.left.double() @ G
-    return (left if sides.right is None else left @ sides.right.double().t()).flatten()
+    """`[width]`: P G."""
+    G = gradient.detach().double().cpu().reshape(sides.matrix)
+    return sides.applied(sides.read(G)).flatten()
 
 
 def _between(gradients: Tensor, numbers: list[int], at: float) -> Tensor:

@@ -88,11 +88,11 @@ class Builder:
             store_curvature(self.folder, header, RowReader(rows))
 
     def _begin(self) -> tuple[dict[str, Sides], Header]:
-        drawn = self._random(self.projection)
+        drawn = self._random()  # with principal axes, for the sides that have no covariance
         found: Covariances | None = None
         if self.projection.kind == "pca":
             found = self._covariances()
-            drawn = found.sides(self.projection.rank, self._fallback())
+            drawn = found.sides(self.projection.rank, drawn)
         if not self.projection.drawn_again:
             save_sides(self.folder, drawn)
         projector = Projector(self.weights, drawn)
@@ -131,14 +131,9 @@ class Builder:
                 )
         return sides, header
 
-    def _fallback(self) -> dict[str, Sides]:
-        """Random projections for the sides that have no covariance."""
-        like = self.projection if self.projection.rank is None else replace(self.projection, kind="random")
-        return self._random(like)
-
-    def _random(self, projection: Projection) -> dict[str, Sides]:
+    def _random(self) -> dict[str, Sides]:
         whole = vocabularies(self.model)
-        return {n: random_sides(n, p, projection, p in whole) for p, n in self.weights.names.items()}
+        return {n: random_sides(n, p, self.projection, p in whole) for p, n in self.weights.names.items()}
 
     def _covariances(self) -> Covariances:
         if isinstance(self.id_batches, Iterator):

@@ -87,8 +87,9 @@ class Reduced:
             own, at = [], 0
             for name in layer.params:
                 r0, r1 = sides[name].ranks
-                k0 = min(rank, r0) if sides[name].left is not None else r0
-                k1 = min(rank, r1) if sides[name].right is not None else r1
+                sketch = sides[name].entries is not None
+                k0 = min(rank, r0) if sketch or sides[name].left is not None else r0
+                k1 = min(rank, r1) if sketch or sides[name].right is not None else r1
                 grid = torch.arange(k0)[:, None] * r1 + torch.arange(k1)
                 own.append(at + grid.flatten())
                 # E[PᵀP] = I for the shorter Gaussian matrix too

@@ -7,28 +7,26 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from assay.capture.sides import Sides
+from assay.capture.sides import PARTS, Sides
 from assay.rows.folder import Folder
 from assay.rows.format import to_numpy, to_torch
 
 __all__ = ["load_sides", "save_sides", "sides_crc"]
 
-PARTS = ("left", "right", "rows", "columns")
-
 
 def sides_crc(sides: Mapping[str, Sides]) -> str:
-    """A checksum of all projection matrices."""
+    """A checksum of all projections."""
     crc = 0
     for name, own in sides.items():
-        read = [part for part in (own.rows, own.columns) if part is not None]
-        for matrix in (own.left, own.right, *read):
+        rest = [part for name in PARTS[2:] if (part := getattr(own, name)) is not None]
+        for matrix in (own.left, own.right, *rest):
             data = b"-" if matrix is None else to_numpy(matrix).tobytes()
             crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
 
 def save_sides(folder: Folder, sides: Mapping[str, Sides]) -> None:
-    """Store projection matrices that cannot be drawn again."""
+    """Store projections that cannot be drawn again."""
     for number, own in enumerate(sides.values()):
         for side in PARTS:
             matrix: Tensor | None = getattr(own, side)
@@ -49,7 +47,7 @@ def load_sides(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             to_torch(folder.read_array(file)) if file in there else None
             for file in (_file(number, part) for part in PARTS)
         )
-        found[name] = Sides(shape, *parts)
+        found[name] = Sides(shape, **dict(zip(PARTS, parts, strict=True)))
     return found
 
 

@@ -229,27 +229,37 @@ def files(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "curvature", "snapshots", "breaks"),
+    ("optimizer", "curvature", "snapshots", "breaks", "support"),
     [
-        ("adamw", "fisher", "auto", (5, 8)),
-        ("adamw", "ggn", 2, (1, 4)),
-        ("sgd", "ggn", "auto", (3,)),
-        ("sgd", "fisher", "60 kB", (7,)),
+        ("adamw", "fisher", "auto", (5, 8), None),
+        ("adamw", "ggn", 2, (1, 4), None),
+        ("adamw", "ggn", "auto", (2, 5), 3),
+        ("sgd", "ggn", "auto", (3,), 3),
+        ("sgd", "fisher", "60 kB", (7,), None),
     ],
 )
 @pytest.mark.parametrize("close", [False, True], ids=["killed", "closed"])
 def test_recorded_gradients_and_snapshots_go_on(
-    optimizer: str, curvature: str, snapshots: Any, breaks: tuple[int, ...], close: bool, tmp_path: Path
+    optimizer: str,
+    curvature: str,
+    snapshots: Any,
+    breaks: tuple[int, ...],
+    support: int | None,
+    close: bool,
+    tmp_path: Path,
 ) -> None:
     """Broken off between checkpoints and at them: rows, projections and snapshots are those of an unbroken run."""
     options: Any = {"optimizer": optimizer, "snapshots": snapshots, "valued": close}
+    projection = assay.Projection(rank=2, seed=3, support=support)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(whole, **options, recording=recording(curvature))
+    train(whole, **options, recording=recording(curvature, projection=projection))
     for step in breaks:
-        train(broken, **options, recording=recording(curvature), until=step, close=close)
+        train(
+            broken, **options, recording=recording(curvature, projection=projection), until=step, close=close
+        )
         if close:
             assay.open(broken).embeddings(segments=1)  # of a past that is partly overruled
-    train(broken, **options, recording=recording(curvature))
+    train(broken, **options, recording=recording(curvature, projection=projection))
     assert files(broken) == files(whole)
     a, b = assay.open(broken), assay.open(whole)
     assert torch.equal(a.embeddings(segments=2).export(), b.embeddings(segments=2).export())

@@ -66,7 +66,8 @@ def balanced(
     plain, inverse = dict(sides), dict(sides)
     for name, own in sides.items():
         D = through.get(name)
-        if not isinstance(D, Tensor) or (own.left is None and own.right is None):
+        matrices = (own.left, own.right, own.entries)
+        if not isinstance(D, Tensor) or all(matrix is None for matrix in matrices):
             continue
         size = D.detach().double().cpu().reciprocal().reshape(own.matrix)  # √v̂ + ε
         mean = size.mean()

@@ -1,10 +1,10 @@
 """What values cost beside a training step, side by side in one process, and the page that says it.
 
 Arms on the main size, for SGD and AdamW: the plain step, the same after a bare validation pass, every path of in-run
-values, `left` with a target's gradient for four steps, recording for data value embeddings at two ranks, and the two
-direct methods: a forward and backward pass per sample (direct), and `torch.func` over the samples (func), each dotted
-with the target's gradient. Further models and sizes with the first order alone. Then the first order over more samples,
-tokens and targets, with a least-squares line through what it adds to the plain step.
+values, `left` with a target's gradient for four steps, recording for data value embeddings at two ranks with and
+without a support, and the two direct methods: a forward and backward pass per sample (direct), and `torch.func` over
+the samples (func), each dotted with the target's gradient. Further models and sizes with the first order alone. Then the
+first order over more samples, tokens and targets, with a least-squares line through what it adds to the plain step.
 
 One step of each arm per round, in an order that rotates; ratios are taken within a round, to the plain step of the same
 optimizer; medians and quartiles. Rounds end when their share of the time is spent.
@@ -38,7 +38,7 @@ import assay
 
 ARMS = (
     "plain", "pass", "assay", "assay left@4", "assay trapezoid", "assay simpson", "assay hessian",
-    "record 16", "record 64", "direct", "func",
+    "record 16", "record 16:64", "record 64", "record 64:128", "direct", "func",
 )  # fmt: skip
 MAIN = Size(16, 256, 384, 2)
 OTHERS = [
@@ -105,9 +105,12 @@ def arm(family: str, size: Size, optimizer: str, kind: str, options: Namespace, 
 
 
 def method(kind: str, held_out: list[Tensor], loss_fn: Callable[[nn.Module, Tensor], Tensor]) -> Any:
-    """In-run values of a path, or the recording of embeddings at a rank."""
+    """In-run values of a path, or the recording of embeddings at a rank, RANK or RANK:SUPPORT."""
     if kind.startswith("record"):
-        return assay.DataValueEmbedding(assay.Projection(rank=int(kind.split()[1])))
+        rank, _, support = kind.split()[1].partition(":")
+        return assay.DataValueEmbedding(
+            assay.Projection(int(rank), support=int(support) if support else None)
+        )
     named = {f"held out {n}": assay.Target([x], loss_fn) for n, x in enumerate(held_out)}
     path, _, every = (kind.removeprefix("assay").strip() or "left").partition("@")
     return assay.InRunShapley(named, path, refresh=int(every or 1))

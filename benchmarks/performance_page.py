@@ -15,7 +15,8 @@ NAMES = {
     "plain": "plain step", "pass": "and a bare validation pass", "assay": "`path=\"left\"`",
     "assay left@4": "`path=\"left\"`, `refresh=4`", "assay trapezoid": "`path=\"trapezoid\"`",
     "assay simpson": "`path=\"simpson\"`", "assay hessian": "`path=\"hessian\"`",
-    "record 16": "recording embeddings, rank 16", "record 64": "recording embeddings, rank 64",
+    "record 16": "recording embeddings, rank 16", "record 16:64": "recording embeddings, rank 16, support 64",
+    "record 64": "recording embeddings, rank 64", "record 64:128": "recording embeddings, rank 64, support 128",
     "direct": "direct: one sample at a time", "func": "`torch.func`: per-sample gradients",
 }  # fmt: skip
 

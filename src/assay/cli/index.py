@@ -43,6 +43,10 @@ def index(
     rank: Annotated[
         int, typer.Option("--rank", min=1, help="Of the projection, on each side of a weight.")
     ] = 64,
+    support: Annotated[
+        int | None,
+        typer.Option("--support", min=1, help="Read only so many coordinates of each wider side of a weight."),
+    ] = None,
     kind: Annotated[str, typer.Option("--projection", help="random, pca or none.")] = "random",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the rows: bf16, fp16, fp32, fp64 or int8.")
@@ -78,7 +82,7 @@ def index(
     share = _part(part)
     if dtype not in BYTES:
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(BYTES)}")
-    projection = Projection(rank=rank, kind=kind)  # type: ignore[arg-type]
+    projection = Projection(rank=rank, kind=kind, support=support)  # type: ignore[arg-type]
     documents = read_documents(Data(path=data, text=text, id=id_, limit=limit))
     network, tokenizer, tokens = load(model, tokens, device)
     ids, texts = documents["id"].to_list(), documents["text"].to_list()

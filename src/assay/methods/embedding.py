@@ -135,6 +135,7 @@ class DataValueEmbedding:
             "method": "data value embedding",
             "projection": self.projection.kind,
             "rank": self.projection.rank,
+            "support": self.projection.support,
             "budget": self.budget,
             "curvature": self.curvature,
             "draws": self.draws if self.curvature == "ggn" else 0,

@@ -150,7 +150,14 @@ def _kept(shape: Shape, run: Training) -> tuple[float, float]:
     return operations, held
 
 
-def embeddings(shape: Shape, run: Training, rank: int = 16, copies: int = 2, width: int = 2) -> Work:
+def embeddings(
+    shape: Shape,
+    run: Training,
+    rank: int = 16,
+    copies: int = 2,
+    width: int = 2,
+    support: int | None = None,
+) -> Work:
     """Data value embeddings (arXiv 2412.09538): recording in the run, and the backward recursion after it.
 
     Args:
@@ -159,9 +166,12 @@ def embeddings(shape: Shape, run: Training, rank: int = 16, copies: int = 2, wid
         rank: of the projection on each side of a matrix.
         copies: rows per sample: 2 for the gradient and its preconditioned form, 1 for SGD.
         width: bytes of a stored number.
+        support: coordinates of a side that are read; the sub-matrix that they leave is formed once for all copies.
     """
     entries = shape.projected(rank)
     project = 2 * sum(n * (d + p) * rank for d, p, n in shape.matrices) * run.tokens * copies
+    if support is not None:
+        project = 2 * sum(n * min(d, support) * min(p, support) for d, p, n in shape.matrices) * run.tokens
     blocks = sum(n * (min(d, rank) * min(p, rank)) ** 2 for d, p, n in shape.matrices)
     recursion = 4 * blocks * run.samples  # M times a row, and the row's outer product added to M
     disk = run.samples * (entries * width * copies + ROW_IDS)

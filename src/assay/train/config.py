@@ -159,6 +159,8 @@ class Attribution(Section):
             ``2 GB``.
         embeddings: also record what `assay influence` needs (:class:`assay.DataValueEmbedding`), and take snapshots.
         rank: of its projections.
+        support: read only so many coordinates of the wider sides of a weight (:class:`assay.Projection`): faster, and
+            less exact; at least the rank.
         curvature: ``fisher``, or ``ggn`` to record the Gauss-Newton matrix as well.
     """
 
@@ -172,6 +174,7 @@ class Attribution(Section):
     snapshots: Annotated[int, Field(ge=1)] | str | None = None
     embeddings: bool = False
     rank: Count = 32
+    support: Count | None = None
     curvature: Literal["fisher", "ggn"] = "fisher"
 
 

@@ -209,7 +209,7 @@ def _embedding(setup: Setup) -> list[assay.DataValueEmbedding]:
     some = setup.rows[:: max(1, len(setup.rows) // AXES)][:AXES]
     batches = [pair(make_batch(some[i : i + 8]).to(setup.device)) for i in range(0, len(some), 8)]
     axes = assay.Target(batches, loss_of_pair)
-    projection = assay.Projection(rank=wanted.rank, kind="pca")
+    projection = assay.Projection(rank=wanted.rank, kind="pca", support=wanted.support)
     return [assay.DataValueEmbedding(projection, axes=axes, curvature=wanted.curvature, logits=logits)]
 
 

@@ -3,8 +3,8 @@
 Arms on the main size, for SGD and AdamW: the plain step, the same after a bare validation pass, every path of in-run
 values, `left` with a target's gradient for four steps, recording for data value embeddings at two ranks with and
 without a support, and the two direct methods: a forward and backward pass per sample (direct), and `torch.func` over
-the samples (func), each dotted with the target's gradient. Further models and sizes with the first order alone. Then the
-first order over more samples, tokens and targets, with a least-squares line through what it adds to the plain step.
+the samples (func), each dotted with the target's gradient. Further models and sizes with the first order alone. Then
+the first order over more samples, tokens and targets, with a least-squares line through what it adds to the plain step.
 
 One step of each arm per round, in an order that rotates; ratios are taken within a round, to the plain step of the same
 optimizer; medians and quartiles. Rounds end when their share of the time is spent.

@@ -103,8 +103,8 @@ def random_sides(name: str, param: Tensor, projection: Projection, vocabulary: b
 
     Without a support two Gaussian matrices, N(0, 1/rank). With one, coordinates of both sides, each of which weighs as
     much as the run of neighbours that it was drawn from, and a sketch: the entries that they have in common are dealt
-    out to rank² sums with random signs, as evenly as can be. Where a side is read whole and is wider than the support
-    (vocabularies), and in the place of principal axes, both sides have a matrix, orthogonal on what is read.
+    out to rank² sums with random signs, as evenly as can be. In the place of principal axes two matrices, orthogonal on what is
+    read.
 
     Args:
         name: of the parameter.
@@ -124,7 +124,7 @@ def random_sides(name: str, param: Tensor, projection: Projection, vocabulary: b
         return Sides(bare.shape, _gaussian(rank, rows, generator), _gaussian(rank, columns, generator))
     read_rows, row_weights = _read(rows, None if vocabulary else support, generator)
     read_columns, column_weights = _read(columns, support, generator)
-    if projection.kind == "pca" or len(row_weights) > support:
+    if projection.kind == "pca":
         left, right = (_orthogonal(rank, weights, generator) for weights in (row_weights, column_weights))
         return Sides(bare.shape, left, right, read_rows, read_columns)
     weights = (row_weights[:, None] * column_weights).flatten()
@@ -151,7 +151,8 @@ def _orthogonal(rank: int, weights: Tensor, generator: torch.Generator) -> Tenso
     if width <= rank and bool((weights == 1).all()):
         return None
     axes: Tensor = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0]
-    return axes.t() * (width / rank) ** 0.5 * weights
+    length: float = (width / rank) ** 0.5
+    return axes.t() * length * weights
 
 
 def _sketch(ranks: tuple[int, int], weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ def _sketch(ranks: tuple[int, int], weights: Tensor, generator: torch.Generator)
 
 def vocabularies(model: Module) -> set[Parameter]:
     """The tables of a model whose rows are tokens (or other things that are looked up), and its head over them."""
-    found = {module.weight for module in model.modules() if isinstance(module, Embedding)}
+    found: set[Parameter] = {module.weight for module in model.modules() if isinstance(module, Embedding)}
     head = getattr(model, "get_output_embeddings", None)  # as transformers names it
     weight = getattr(head(), "weight", None) if callable(head) else None
     return found | ({weight} if isinstance(weight, Parameter) else set())

@@ -105,8 +105,9 @@ class Sides:
     def applied(self, x: Tensor) -> Tensor:
         """`[…, r0, r1]`: P x of what is read of it, x `[…, s0, s1]`."""
         if self.entries is not None and self.signs is not None:
-            parts = x.flatten(-2)[..., self.entries.flatten()].unflatten(-1, self.entries.shape)
-            return (parts * self.signs.to(x.dtype)).sum(-1)
+            parts = x.flatten(-2)[..., self.entries.flatten()].view(*x.shape[:-2], *self.entries.shape)
+            summed: Tensor = (parts * self.signs.to(x.dtype)).sum(-1)
+            return summed
         left = x if self.left is None else self.left.to(x.dtype) @ x
         return left if self.right is None else left @ self.right.to(x.dtype).t()
 

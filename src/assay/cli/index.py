@@ -45,7 +45,9 @@ def index(
     ] = 64,
     support: Annotated[
         int | None,
-        typer.Option("--support", min=1, help="Read only so many coordinates of each wider side of a weight."),
+        typer.Option(
+            "--support", min=1, help="Read only so many coordinates of each wider side of a weight."
+        ),
     ] = None,
     kind: Annotated[str, typer.Option("--projection", help="random, pca or none.")] = "random",
     dtype: Annotated[

@@ -169,10 +169,10 @@ def _sketch(ranks: tuple[int, int], weights: Tensor, generator: torch.Generator)
 
 def vocabularies(model: Module) -> set[Parameter]:
     """The tables of a model whose rows are tokens (or other things that are looked up), and its head over them."""
-    found: set[Parameter] = {module.weight for module in model.modules() if isinstance(module, Embedding)}
+    weights = [module.weight for module in model.modules() if isinstance(module, Embedding)]
     head = getattr(model, "get_output_embeddings", None)  # as transformers names it
-    weight = getattr(head(), "weight", None) if callable(head) else None
-    return found | ({weight} if isinstance(weight, Parameter) else set())
+    weights.append(getattr(head(), "weight", None) if callable(head) else None)
+    return {weight for weight in weights if isinstance(weight, Parameter)}
 
 
 @dataclass(frozen=True)

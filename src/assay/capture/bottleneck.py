@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -179,12 +180,12 @@ def projected_through(
         return {p: part * through[p] for p, part in projected(weight, factors, plain).items()}
     own = _of_parameters(weight, factors, list(plain))
     if own is None:
-        raise _inner_products_only("written out")
+        _refuse_writing_out()
     found = {}
     for p, s in plain.items():
         small = narrowed(own[p], s)
         if small is None:
-            raise _inner_products_only("written out")
+            _refuse_writing_out()
         found[p] = small_projected(small, s, through[p])
     return found
 
@@ -209,7 +210,7 @@ def small_uses(
         small = None if own is None else narrowed(own[p], sides[p])
         kept = None if small is None else owned(small)
         if kept is None:
-            raise _inner_products_only("written out")
+            _refuse_writing_out()
         found[p] = kept
     return found
 
@@ -234,14 +235,21 @@ def small_projected(factors: Factors, sides: Sides, through: Tensor | float = 1.
         return _blockwise(factors, D, within)
     g = dense(factors)
     if g is None:
-        raise _inner_products_only("written out")
+        _refuse_writing_out()
     return _multiplied(g.reshape(len(g), *D.shape), D, within)
 
 
-def _inner_products_only(done: str) -> CoverageError:
-    return CoverageError(
-        f"per-sample gradients that answer inner products only (a fallback's) cannot be {done}: leave the parameters "
-        "out with exclude=[...]."
+def _refuse_writing_out() -> NoReturn:
+    raise CoverageError(
+        "per-sample gradients that answer inner products only (a fallback's) cannot be written out: leave the "
+        "parameters out with exclude=[...]."
+    )
+
+
+def _refuse_projecting() -> NoReturn:
+    raise CoverageError(
+        "per-sample gradients that answer inner products only (a fallback's) cannot be projected: leave the "
+        "parameters out with exclude=[...]."
     )
 
 
@@ -284,7 +292,7 @@ def written_out(weight: Weight, factors: Factors) -> dict[Parameter, Tensor]:
     """
     g = dense(factors)
     if g is None or weight.pull is None:
-        raise _inner_products_only("written out")
+        _refuse_writing_out()
     return weight.pull(g)
 
 
@@ -296,7 +304,7 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
     if sides.narrow:
         small = narrowed(factors, sides)
         if small is None:
-            raise _inner_products_only("projected")
+            _refuse_projecting()
         return _project(small, sides.within)
     if isinstance(factors, Outer) and sides.entries is None:
         left, right = (factors.a, factors.b) if factors.transposed else (factors.b, factors.a)
@@ -308,15 +316,13 @@ def _project(factors: Factors, sides: Sides) -> Tensor:
             return g if sides.entries is None else sides.applied(g)
         left = F.embedding(factors.indices, sides.left.t().to(right.dtype))
         return joined(left, right, factors.layout)
-    g = dense(factors)
-    if g is None:
-        raise _inner_products_only("projected")
+    written = dense(factors)
+    if written is None:
+        _refuse_projecting()
     rows, columns = sides.matrix
-    if (
-        columns == 1 and sides.right is None and sides.entries is None
-    ):  # a vector: one product for all samples
-        return applied(g.reshape(len(g), rows), sides.left)[..., None]
-    return sides.applied(g.reshape(len(g), rows, columns))
+    if columns == 1 and sides.right is None and sides.entries is None:  # a vector: one product for all
+        return applied(written.reshape(len(written), rows), sides.left)[..., None]
+    return sides.applied(written.reshape(len(written), rows, columns))
 
 
 def _by_directions(weight: Weight, factors: Factors, param: Parameter, sides: Sides) -> Tensor:

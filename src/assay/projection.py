@@ -103,8 +103,8 @@ def random_sides(name: str, param: Tensor, projection: Projection, vocabulary: b
 
     Without a support two Gaussian matrices, N(0, 1/rank). With one, coordinates of both sides, each of which weighs as
     much as the run of neighbours that it was drawn from, and a sketch: the entries that they have in common are dealt
-    out to rank² sums with random signs, as evenly as can be. In the place of principal axes two matrices, orthogonal on what is
-    read.
+    out to rank² sums with random signs, as evenly as can be. In the place of principal axes two matrices, orthogonal on
+    what is read.
 
     Args:
         name: of the parameter.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def _sketch(ranks: tuple[int, int], weights: Tensor, generator: torch.Generator)
 
 def vocabularies(model: Module) -> set[Parameter]:
     """The tables of a model whose rows are tokens (or other things that are looked up), and its head over them."""
-    weights = [module.weight for module in model.modules() if isinstance(module, Embedding)]
+    weights: list[Any] = [module.weight for module in model.modules() if isinstance(module, Embedding)]
     head = getattr(model, "get_output_embeddings", None)  # as transformers names it
     weights.append(getattr(head(), "weight", None) if callable(head) else None)
     return {weight for weight in weights if isinstance(weight, Parameter)}

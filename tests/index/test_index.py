@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 from assay.errors import AssayWarning, InputError, StoreError
 from assay.index import Index
+from assay.index.header import read_header, stored_sides
 from assay.index.scores import _Best
 from assay.projection import Projection, random_sides
+from assay.rows import Folder
 
 Batch = tuple[Tensor, Tensor]
 N = 23
@@ -284,6 +287,31 @@ def test_an_index_on_disk_is_opened_again(tmp_path: Path) -> None:
         Index.open(tmp_path / "idx").influence(model, queries(), loss_fn)
     with pytest.raises(StoreError, match="no index"):
         Index.open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", ["random", "pca"])
+def test_a_support_is_stored_with_the_rows(kind: Any, tmp_path: Path) -> None:
+    """Rows are the rows of P times each example's own gradient, and an index that is opened has the same P."""
+    model = net()
+    projection = Projection(rank=2, kind=kind, seed=4, support=4)
+    index = build(model, projection=projection, out=tmp_path / "index")
+    opened = Index.open(tmp_path / "index")
+    scores = index.influence(model, queries(), loss_fn)
+    assert_close(opened.influence(model, queries(), loss_fn), scores)
+    header = read_header(Folder(tmp_path / "index"))
+    assert header is not None
+    sides = stored_sides(Folder(tmp_path / "index"), header)
+    assert any(own.narrow for own in sides.values())
+    x, y = data(N, 1)
+    gradients = torch.autograd.grad(loss_fn(model, (x[:1], y[:1])), list(model.parameters()))
+    expected = [
+        rows.flatten(1) @ g.flatten()
+        for own, g in zip(sides.values(), gradients, strict=True)
+        for rows in own.directions(g)
+    ]
+    assert_close(opened.gradients(0, 1)[0], torch.cat(expected))
+    if kind == "random":
+        assert all(own.entries is not None for own in sides.values() if own.narrow)
 
 
 def test_refusals() -> None:

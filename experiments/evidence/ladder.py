@@ -159,19 +159,12 @@ def in_run(task: Task, path: str, words: str) -> dict[str, Tensor]:
     """
     targets = task.targets()
     ledger = task.loop.train([InRunShapley(targets, path, band=(0.0, 1e9))]).recorded
-    found = {name: torch.zeros(task.asked, task.examples, dtype=torch.float64) for name in ("sum", "even")}
-    value = pl.col("value")
+    found = {even: torch.zeros(task.asked, task.examples, dtype=torch.float64) for even in (False, True)}
     for n, target in enumerate(targets):
-        even = value / value.abs().mean().over("step")
-        summed = (
-            ledger.steps(target)
-            .with_columns(even=even)
-            .group_by("id")
-            .agg(sum=value.sum(), even=pl.col("even").sum())
-        )
-        for name, scores in found.items():
-            scores[n, summed["id"].to_list()] = torch.tensor(summed[name].to_list()).double()
-    return {f"in-run, {words}": found["sum"], f"in-run, {words}, every step alike": found["even"]}
+        for even, scores in found.items():
+            values = ledger.values(target, even=even)
+            scores[n, values["id"].to_list()] = torch.tensor(values["value"].to_list()).double()
+    return {f"in-run, {words}": found[False], f"in-run, {words}, every step alike": found[True]}
 
 
 def methods(settings: LadderSettings) -> dict[str, Scorer]:

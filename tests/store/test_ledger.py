@@ -44,6 +44,28 @@ def test_values_add_up_and_steps_count_once(ledger: Ledger) -> None:
     assert ledger.values("law").rows() == [("a", 7.0, 2), ("c", 4.0, 1), ("b", 0.25, 1)]
 
 
+def test_all_steps_weigh_alike_where_that_is_asked_for(ledger: Ledger) -> None:
+    values = dict(ledger.values("code", even=True).select("id", "value").iter_rows())
+    steps = ledger.steps("code")
+    truth: dict[str, float] = {}
+    for step in (0, 1):
+        rows = [(i, v) for t, i, v in steps.iter_rows() if t == step]
+        size = sum(abs(v) for _, v in rows) / len(rows)
+        for i, v in rows:
+            truth[i] = truth.get(i, 0.0) + v / size
+    assert values == pytest.approx(truth, rel=1e-12)
+    assert values != dict(ledger.values("code").select("id", "value").iter_rows())
+
+
+def test_steps_of_zeros_or_without_numbers_add_nothing_evenly() -> None:
+    writer = RunWriter(None, ["t"])
+    writer.add_values(0, 0, ["a", "b"], np.zeros((2, 1)))
+    writer.add_values(1, 0, ["a", "b"], np.array([[NAN], [3.0]]))
+    writer.add_values(2, 0, ["a", "b"], np.array([[NAN], [NAN]]))
+    values = dict(writer.ledger.values(even=True).select("id", "value").iter_rows())
+    assert values == {"a": 0.0, "b": 1.0}
+
+
 def test_steps_keep_their_order(ledger: Ledger) -> None:
     assert ledger.steps("code").rows() == [
         (0, "a", 1.0),

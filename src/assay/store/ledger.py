@@ -17,6 +17,7 @@ from assay.store.files import local_path, one_line
 from assay.store.schema import rest_column, tokens_column, value_column
 from assay.store.shards import open_folders
 from assay.store.source import Source
+from assay.store.sums import by_column, by_sample, by_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,7 @@ class Ledger:
         """Names that `table` knows."""
         return sorted(self._source.side())
 
-    def values(self, target: str | None = None) -> pl.DataFrame:
+    def values(self, target: str | None = None, *, even: bool = False) -> pl.DataFrame:
         """Value of every sample over the whole run.
 
         A sample that was seen several times adds up. A row whose value is not finite (a step with NaN, which
@@ -115,12 +116,16 @@ class Ledger:
 
         Args:
             target: Name of the target.
+            even: Divide each value by the mean size of its step's first, so that all steps weigh alike: for the
+                question which samples stand behind a target, whenever they came. Adam's first steps, and those of a
+                high learning rate, move a loss most, whatever they are fed. Such values have no unit, and do not add
+                up to the fall of the loss.
 
         Returns:
             Frame `id`, `value` (float64, positive = lowered the loss), `steps` (number of different
             optimizer steps in which the sample was seen), the largest value first, equal values by id.
         """
-        return self._collect(self._values(target))
+        return self._collect(by_sample(self._rows(target, "micro"), even))
 
     def steps(self, target: str | None = None, first: int = 0) -> pl.DataFrame:
         """Value of every sample at every step.
@@ -161,19 +166,7 @@ class Ledger:
         if id is not None:
             rows = rows.filter(pl.col("id") == id)
         rows = rows.select("step", "id", value=pl.col(tokens_column(name)), rest=pl.col(rest_column(name)))
-        long = rows.with_columns(token=pl.int_ranges(pl.col("value").list.len())).drop("rest")
-        long = long.explode("value", "token", empty_as_null=False).with_columns(
-            pl.col("value").cast(pl.Float64)
-        )
-        rest = rows.select("step", "id", value=pl.col("rest").cast(pl.Float64), token=pl.lit(None, pl.Int64))
-        value = pl.col("value")
-        sums = (
-            pl.concat([long, rest], how="diagonal")
-            .group_by("id", "token")
-            .agg(value.filter(value.is_finite()), steps=pl.col("step").n_unique().cast(pl.Int64))
-            .select("id", "token", value.list.sum(), "steps")
-        )
-        return self._collect(sums.sort("id", "token", nulls_last=True))
+        return self._collect(by_token(rows))
 
     def norms(self) -> pl.DataFrame:
         """Norms of the samples' gradients, of a run with `GradientNorms`.
@@ -243,7 +236,7 @@ class Ledger:
             Frame `column`, `value` (sum over the group's samples), `samples` (how many), `negative` (share
             of them with a value below zero), `mean` (value per sample), the largest sum first.
         """
-        values = self._values(target)
+        self._target(target)
         metadata = self._source.metadata()
         with self._reading():
             types = metadata.collect_schema()
@@ -256,15 +249,7 @@ class Ledger:
             raise InputError(
                 f"metadata column {column!r} has the name of a result: rename it in the metadata"
             )
-        value = pl.col("value")
-        sums = (
-            values.join(metadata.select("id", column), on="id", how="left")
-            .group_by(column)
-            .agg(value, samples=pl.len().cast(pl.Int64), negative=(value < 0).mean())
-            .with_columns(value.list.sum())
-            .with_columns(mean=value / pl.col("samples"))
-        )
-        return self._collect(sums.sort("value", column, descending=[True, False], nulls_last=True))
+        return self._collect(by_column(by_sample(self._rows(target, "micro")), metadata, column))
 
     def metadata(self) -> pl.DataFrame:
         """The metadata: a frame with `id` and the columns that were given, one row per sample."""
@@ -483,19 +468,6 @@ class Ledger:
     def _rows(self, target: str | None, *more: str) -> pl.LazyFrame:
         value = pl.col(value_column(self._target(target))).alias("value")
         return self._source.values().select("step", "id", value, *more)
-
-    def _values(self, target: str | None) -> pl.LazyFrame:
-        value = pl.col("value")
-        taken = pl.col("step").filter(pl.col("micro") >= 0)  # below: what momentum brought to a later step
-        # Summed as lists: a grouped sum adds in the order in which threads happen to finish, so that its last
-        # bits would differ from call to call.
-        sums = (
-            self._rows(target, "micro")
-            .group_by("id")
-            .agg(value.filter(value.is_finite()), steps=taken.n_unique().cast(pl.Int64))
-            .with_columns(value.list.sum())
-        )
-        return sums.sort("value", "id", descending=[True, False])
 
     def _target(self, target: str | None) -> str:
         known = self._source.header.targets

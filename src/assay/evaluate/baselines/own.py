@@ -32,15 +32,19 @@ class InRun:
     Args:
         path: of the integral.
         momentum: what becomes of the part that momentum carries.
+        even: all steps weigh alike; see `Ledger.values`.
     """
 
     path: str = "left"
     momentum: str = "instant"
+    even: bool = False
 
     @property
     def name(self) -> str:
         """With its settings."""
-        return f"in-run, {self.path}" + ("" if self.momentum == "instant" else f", momentum {self.momentum}")
+        words = [f"in-run, {self.path}"]
+        words += [] if self.momentum == "instant" else [f"momentum {self.momentum}"]
+        return ", ".join([*words, *(["every step alike"] if self.even else [])])
 
     def scores(self, task: Task) -> Tensor:
         """`[questions, N]`, in the loss's unit."""
@@ -49,7 +53,7 @@ class InRun:
         ledger = task.loop.train([method]).recorded
         found = torch.zeros(len(targets), task.examples, dtype=torch.float64)
         for row, target in zip(found, targets, strict=True):
-            values = ledger.values(target)
+            values = ledger.values(target, even=self.even)
             row[torch.tensor(values["id"].to_list())] = torch.tensor(values["value"].to_list()).double()
         return found
 

@@ -176,7 +176,8 @@ def test_bm25_finds_rare_words() -> None:
 METHODS: list[Scorer] = [
     Random(), FinalLoss(), GradientNorm(), DotProduct(), Cosine(), TracIn(2), Trak(16), KNNShapley(2),
     KNNShapley(2, features=True), FeatureSimilarity(), RetrainingShapley(2, stride=12), InRun("left"),
-    InRun("trapezoid"), InRun("hessian"), InRun("left", even=True), Embeddings("fisher", 4), Embeddings("ggn", 4), Influence("logra", 3),
+    InRun("trapezoid"), InRun("hessian"), InRun("left", even=True),
+    Embeddings("fisher", 4), Embeddings("ggn", 4), Influence("logra", 3),
     Influence("ekfac"), Adjoint("hessian"), Adjoint("ggn"),
 ]  # fmt: skip
 

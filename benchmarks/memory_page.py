@@ -97,7 +97,7 @@ def _truncated(rows: Sequence[dict[str, Any]]) -> str:
         [
             row["rank"],
             f"{row['share_of_memory']:.0%}".replace("%", " %"),
-            f"{row['error']:.1%}".replace("%", " %"),
+            f"{row['error']:.2%}".replace("%", " %"),
             f"{row['share_of_pass']:.1f}",
         ]
         for row in rows

@@ -5,6 +5,7 @@ values, `left` with a target's gradient for four steps, recording for data value
 without a support, and the two direct methods: a forward and backward pass per sample (direct), and `torch.func` over
 the samples (func), each dotted with the target's gradient. Further models and sizes with the first order alone. Then
 the first order over more samples, tokens and targets, with a least-squares line through what it adds to the plain step.
+Beside the arms of the main size those of `peers.py`, where they are installed.
 
 One step of each arm per round, in an order that rotates; ratios are taken within a round, to the plain step of the same
 optimizer; medians and quartiles. Rounds end when their share of the time is spent.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import overhead
+import peers
 import performance_page
 from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size, Step, seconds, summary
 
@@ -274,6 +276,9 @@ def measure(options: Namespace) -> dict[str, Any]:
     main = QUICK if options.quick else MAIN
     for optimizer in OPTIMIZERS:
         arms = {kind: arm("gpt", main, optimizer, kind, options) for kind in ARMS}
+        arms |= {
+            name: peers.arm(name, main, optimizer, torch.device(options.device)) for name in peers.installed()
+        }
         what = {"table": "main", "family": "gpt", "size": main._asdict(), "optimizer": optimizer}
         found += rows(timed(arms, options, 0.3 * options.seconds), **what)
         print(f"{optimizer}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -286,7 +291,8 @@ def measure(options: Namespace) -> dict[str, Any]:
         found += rows(timed(arms, options, 0.25 * options.seconds / len(OTHERS)), **what)
     print(f"other sizes: {time.perf_counter() - started:.0f} s", flush=True)
     lines = slopes(options, 0.1 * options.seconds / 12)
-    return {"rows": found, "slopes": lines, "took_seconds": round(time.perf_counter() - started)}
+    took = round(time.perf_counter() - started)
+    return {"rows": found, "slopes": lines, "left_out": peers.left_out(), "took_seconds": took}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

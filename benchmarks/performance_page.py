@@ -18,6 +18,8 @@ NAMES = {
     "record 16": "recording embeddings, rank 16", "record 16:64": "recording embeddings, rank 16, support 64",
     "record 64": "recording embeddings, rank 64", "record 64:128": "recording embeddings, rank 64, support 128",
     "direct": "direct: one sample at a time", "func": "`torch.func`: per-sample gradients",
+    "opacus": "opacus: norms of per-sample gradients, no values",
+    "dattri-llm": "dattri-llm: scores against a validation batch",
 }  # fmt: skip
 
 HEAD = """# Performance
@@ -70,6 +72,17 @@ def main_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append([NAMES[arm], *ratios, *above])
     return table(head, lines)
+
+
+def peers_of(rows: Sequence[dict[str, Any]], left_out: dict[str, str]) -> list[str]:
+    """What the arms of other libraries are, and which there are not."""
+    text = (
+        "Other libraries' nearest work, on the same model with a head of its own weight: opacus forms the norms of the "
+        "samples' gradients (ghost norm) in the backward pass, dattri-llm their inner products with the gradient of a "
+        "validation batch.\n"
+    )
+    known = [text] if any(row["arm"] in ("opacus", "dattri-llm") for row in rows) else []
+    return known + [f"Without {name}: {why}.\n" for name, why in left_out.items()]
 
 
 def others_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -132,6 +145,7 @@ def page(document: dict[str, Any] | None) -> str:
         HEAD,
         f"## Every path\n\nA GPT of {size_of(main[0])}, one held-out sequence.\n",
         main_table(main),
+        *peers_of(main, document.get("left_out", {})),
         "![Time of each arm over the plain step](performance.svg)\n",
         "## Other models and sizes\n\nSGD, blocks of GPT-2 and Llama with random weights.\n",
         others_table([row for row in rows if row["table"] == "others"]),

@@ -49,7 +49,7 @@ def test_the_page_says_what_was_measured(
     text = page.section()
     assert '| AdamW, `path="trapezoid"` | on | +20.50 | +21.50 | +22.50 | +23.50 |' in text
     assert '| demo, `path="left"`, 3 steps | 0.900000 | 1.0100 | 1.0e-05 |' in text
-    assert "| 4 | 10 % | 25.0 % | 2.5 |" in text
+    assert "| 4 | 10 % | 25.00 % | 2.5 |" in text
     assert "moves nothing" in text
 
 
@@ -62,7 +62,8 @@ def test_an_arm_trains_as_the_plain_step_does(memory: Any, kind: str) -> None:
 
 def test_the_error_of_a_truncated_gradient_falls_with_its_rank(memory: Any) -> None:
     found = memory.truncated(Namespace(quick=True))
-    assert [row["rank"] for row in found] == list(memory.RANKS)
+    assert [row["rank"] for row in found[:-1]] == list(memory.RANKS)
+    assert 1e-5 < found[-1]["error"] < 0.01  # bfloat16, for comparison
     assert found[0]["error"] > found[1]["error"] > found[2]["error"]
     assert found[2]["error"] < 1e-5  # no matrix of that model has more
 

@@ -64,6 +64,30 @@ def test_all_arms_measure_the_same_values(performance: Any, family: str) -> None
         torch.testing.assert_close(way, values, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["opacus", "dattri-llm"])
+def test_a_peer_measures_what_its_row_says(performance: Any, name: str) -> None:
+    """Norms or inner products of the samples' gradients, and the gradient that the plain step has."""
+    peers = performance.peers
+    if name not in peers.installed():
+        pytest.skip(f"{name} is not installed")
+    size = performance.Size(3, 8, 16, 1)
+    generator = torch.Generator().manual_seed(3)
+    batch, held_out = (torch.randint(512, (n, 9), generator=generator) for n in (3, 1))
+    model, loss_fn = peers.untied(size)
+    found = peers.measured(name, model, loss_fn, batch, held_out)()
+    own = [p.grad.clone() for p in model.parameters()]
+    plain, _ = peers.untied(size)
+    params = list(plain.parameters())
+    target = torch.autograd.grad(loss_fn(plain, held_out), params)
+    each = [torch.autograd.grad(loss_fn(plain, batch[n : n + 1]), params) for n in range(3)]
+    expected = [
+        performance.dot(g, g).sqrt() if name == "opacus" else performance.dot(g, target) / 3 for g in each
+    ]
+    torch.testing.assert_close(found.flatten(), torch.stack(expected), rtol=1e-4, atol=1e-6)
+    for a, b in zip(own, torch.autograd.grad(loss_fn(plain, batch), params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_quick(performance: Any, tmp_path: Path) -> None:
     out = tmp_path / "performance.json"
     threads = torch.get_num_threads()
@@ -73,7 +97,9 @@ def test_quick(performance: Any, tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     document = json.loads(out.read_text())
     arms = {(row["optimizer"], row["arm"]) for row in document["rows"] if row["table"] == "main"}
-    assert arms == {(o, a) for o in ("sgd", "adamw") for a in performance.ARMS}
+    named = {*performance.ARMS, *performance.peers.installed()}
+    assert arms == {(o, a) for o in ("sgd", "adamw") for a in named}
+    assert set(document["left_out"]) == {*performance.peers.left_out()}
     assert [found["along"] for found in document["slopes"]] == ["samples", "tokens", "targets"]
     assert performance.performance_page.page(document).startswith("# Performance")
     assert Namespace(**document["machine"]).threads == 1

@@ -122,6 +122,8 @@ class Case:
         clip: norm at which the gradient is clipped.
         wrapper: further arguments of the wrapper.
         targets: how many batches each target has.
+        autocast: the loop enters autocast inside of a step, which leaves float64 as it is; the targets' first pass
+            is taken again for it.
     """
 
     wrap: str
@@ -135,6 +137,7 @@ class Case:
     wrapper: dict[str, Any] = field(default_factory=dict)
     targets: Sequence[int] = (3, 1)
     steps: int = 4
+    autocast: bool = False
 
 
 TRAPEZOID = {"path": "trapezoid"}
@@ -163,6 +166,7 @@ for kind in ("ddp", "fsdp"):
             clip=1.0,
         ),
         f"{kind}-rmsprop": Case(kind, optimizer=rmsprop, targets=(1,)),
+        f"{kind}-autocast": Case(kind, optimizer=heavy, autocast=True),
         f"{kind}-gradient-in-host-memory": Case(kind, {**TRAPEZOID, "target_gradient": "cpu"}, micro=2),
     }
 CASES |= {
@@ -227,7 +231,9 @@ def train(
             ids = [f"{step}/{micro}/{i}" for i in range(samples)][mine]
             last = case.reduce_all or micro == case.micro - 1
             with _synchronised(model, last), run.step(ids):
-                (loss_fn(model, (tokens[mine], labels[mine])) / case.micro).backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+                    loss = loss_fn(model, (tokens[mine], labels[mine])) / case.micro
+                loss.backward()
         if case.clip is not None:
             clip_grad_norm_(model.parameters(), case.clip)
         optimizer.step()

@@ -13,6 +13,7 @@ optimizer; medians and quartiles. Rounds end when their share of the time is spe
     python benchmarks/performance.py            # about 8 minutes on two cores; JSON, docs/performance.md and its plot
     python benchmarks/performance.py --quick    # seconds, nothing written but to --out
     python benchmarks/performance.py --page     # the page alone, from the JSON
+    python benchmarks/performance.py --device cuda  # the tables of `gpu`, and the page
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu
 import overhead
 import peers
 import performance_page
@@ -315,14 +317,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out or RESULTS / f"performance-{torch.device(options.device).type}.json"
     if not options.page:
         settings = {"seconds": options.seconds, "rounds": options.rounds, "warmup": options.warmup}
-        document = {"machine": overhead.machine(options), "settings": settings, **measure(options)}
-        print(performance_page.page(document))
+        on_gpu = torch.device(options.device).type == "cuda"
+        found = gpu.measure(options) if on_gpu else measure(options)
+        document = {"machine": overhead.machine(options), "settings": settings, **found}
+        print(performance_page.on_a_gpu(document) if on_gpu else performance_page.page(document))
         if options.quick and options.out is None:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.out is None:
-        performance_page.write(json.loads(out.read_text(encoding="utf-8")))
+        performance_page.write(*performance_page.documents())
 
 
 if __name__ == "__main__":

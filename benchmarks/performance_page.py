@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import memory_page
 
+RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PLOT = DOCS / "performance.md", DOCS / "performance.svg"
 
@@ -31,8 +33,25 @@ anew; `assay bench overhead` measures sizes of your choice, with memory, and `as
 between contractions to your machine.
 
 The floor of the first order is the validation pass, one gradient of the target's loss per step; `refresh=k` takes it
-every k-th step only ([what the account then says](what-the-number-means.md)). Nothing here is from a GPU.
+every k-th step only ([what the account then says](what-the-number-means.md)).
+
+No step waits for the device: scores, norms and learning rates stay there and are moved in bulk every 64 steps, and
+recorded rows leave by copies that another thread waits for. Three choices do wait, for what they are: the first step
+looks whether the target's loss is a number, a `tolerance` looks after every point whether it is met, and
+`memory="recompute"` looks whether a repeated pass was a repetition.
 """
+NO_GPU = """## On a GPU
+
+**Nothing here is from a GPU**: none was at hand. The fused kernel for GPUs
+([0017](decisions/0017-sum-and-dot-in-one-kernel.md)) was run in an interpreter and compiled; its speed is unknown.
+Where there is a GPU, `python benchmarks/performance.py --device cuda` fills this section in: GPT-2 small at T 1024 and
+B 16, eager and compiled, and Llama's shape at 8 billion parameters with activation checkpointing.
+"""
+KINDS = {
+    "assay left": NAMES["assay"], "assay left@4": NAMES["assay left@4"], "assay trapezoid": NAMES["assay trapezoid"],
+    "assay trapezoid:reduced": '`path="trapezoid"`, `memory="reduced"`',
+    **{kind: NAMES[kind] for kind in ("plain", "pass", "direct")},
+}  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -120,23 +139,48 @@ def slopes_table(slopes: Sequence[dict[str, Any]]) -> str:
 
 
 def slower_than_direct(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The configurations in which the first order takes longer than one sample at a time."""
+    """A sentence for each configuration in which the first order takes longer than one sample at a time."""
     found = {(row["table"], row["family"], size_of(row), row["optimizer"], row["arm"]): row for row in rows}
-    return [
-        f"{key[1]}, {key[2]}, {key[3]}"
-        for key, row in found.items()
-        if key[-1] == "assay" and row["seconds"]["median"] > found[(*key[:-1], "direct")]["seconds"]["median"]
-    ]
+    sentences = []
+    for key, row in found.items():
+        bare, direct = (found[(*key[:-1], arm)]["ratio"]["median"] for arm in ("pass", "direct"))
+        if key[-1] == "assay" and row["ratio"]["median"] > direct:
+            sentences.append(
+                f"Slower than one sample at a time: {key[1]}, {key[2]}, {key[3]}, by "
+                f"{row['ratio']['median'] / direct - 1:.0%}. The step and a bare validation pass alone take "
+                f"{bare / direct:.0%} of that loop's time: in micro-batches of one, training itself is faster there."
+            )
+    return sentences
 
 
-def page(document: dict[str, Any] | None) -> str:
+def on_a_gpu(document: dict[str, Any] | None) -> str:
+    """What a GPU takes for each arm of each model."""
+    if document is None:
+        return NO_GPU
+    lines = []
+    for row in document["rows"]:
+        shape = "{family}, B {batch}, T {context}, d {width}, {layers} layers".format(**row["shape"])
+        model = [shape, row["optimizer"], "compiled" if row["compiled"] else "eager", KINDS[row["arm"]]]
+        if "failed" in row:
+            lines.append([*model, "did not run", row["failed"], ""])
+            continue
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+        lines.append([*model, f"{1e3 * row['seconds']['median']:.1f}", spread(row["ratio"]), peak])
+    head = ["model", "optimizer", "", "", "milliseconds", "ratio", "peak GiB"]
+    machine = document["machine"]
+    where = f"{machine['gpu']}, torch {machine['torch']}"
+    command = f"`python benchmarks/performance.py --device cuda` · {where} · {document['took_seconds']} s\n"
+    return "\n".join(["## On a GPU\n", table(head, lines), command])
+
+
+def page(document: dict[str, Any] | None, gpu: dict[str, Any] | None = None) -> str:
     """The page; without its tables where nothing was measured."""
     if document is None:
-        return HEAD + "\nNothing was measured with this version yet.\n"
+        return f"{HEAD}\nNothing was measured with this version yet.\n\n{on_a_gpu(gpu)}"
     rows = document["rows"]
     main = [row for row in rows if row["table"] == "main"]
     slower = slower_than_direct(rows)
-    verdict = f"Slower than one sample at a time: {'; '.join(slower)}." if slower else (
+    verdict = " ".join(slower) if slower else (
         "In no configuration is the first order slower than a loop over single samples."
     )  # fmt: skip
     machine = document["machine"]
@@ -155,6 +199,7 @@ def page(document: dict[str, Any] | None) -> str:
         slopes_table(document["slopes"]),
         f"`python benchmarks/performance.py` · {where} · {document['took_seconds']} s\n",
         memory_page.section(),
+        on_a_gpu(gpu),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -183,7 +228,15 @@ def plot(document: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def write(document: dict[str, Any]) -> None:
+def documents() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What was measured on a CPU and on a GPU, and is committed."""
+    files = (RESULTS / f"performance-{kind}.json" for kind in ("cpu", "cuda"))
+    cpu, gpu = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files)
+    return cpu, gpu
+
+
+def write(document: dict[str, Any] | None, gpu: dict[str, Any] | None = None) -> None:
     """The page and its plot."""
-    PAGE.write_text(page(document), encoding="utf-8")
-    PLOT.write_text(plot(document), encoding="utf-8")
+    PAGE.write_text(page(document, gpu), encoding="utf-8")
+    if document is not None:
+        PLOT.write_text(plot(document), encoding="utf-8")

@@ -23,15 +23,36 @@ def performance(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_page_is_made_from_the_results(performance: Any) -> None:
-    results = BENCHMARKS / "results" / "performance-cpu.json"
-    document = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
     page = performance.performance_page
-    assert page.PAGE.read_text(encoding="utf-8") == page.page(document), (
+    document, gpu = page.documents()
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(document, gpu), (
         "run benchmarks/performance.py --page"
     )
     assert page.PLOT.read_text(encoding="utf-8") == page.plot(document), (
         "run benchmarks/performance.py --page"
     )
+
+
+def test_the_tables_of_a_gpu_run_at_tiny_size(performance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: every arm of both models, one of which is too large for the device."""
+    gpu, page = performance.gpu, performance.performance_page
+    alone = gpu.arm
+
+    def arm(shape: Any, called: Any, optimizer: str, kind: str, device: torch.device) -> Any:
+        if (shape.family, kind) == ("llama", "assay left@4"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB.")
+        return alone(shape, called, optimizer, kind, device)
+
+    monkeypatch.setattr(gpu, "arm", arm)
+    options = Namespace(device="cpu", quick=True, rounds=2, warmup=1)
+    document = {"machine": {"gpu": "none", "torch": torch.__version__}, **gpu.measure(options)}
+    measured = {(row["family"], row["optimizer"], row["arm"]) for row in document["rows"] if "seconds" in row}
+    assert measured == {
+        *(("gpt2", "sgd", arm) for arm in gpu.ARMS),
+        *(("llama", "sgd", arm) for arm in gpu.ARMS[:3]),
+    }
+    assert "did not run | OutOfMemoryError: CUDA out of memory" in page.on_a_gpu(document)
+    assert page.on_a_gpu(None) in page.PAGE.read_text(encoding="utf-8") or page.documents()[1]
 
 
 def test_a_line_is_found(performance: Any) -> None:

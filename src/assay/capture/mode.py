@@ -136,7 +136,11 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run `func`, seen as the module's text says."""
         kwargs = kwargs or {}
-        if self.paused or (self.in_compiled_backward and not torch.is_grad_enabled()):
+        if (
+            func in _SAYS_NOTHING
+            or self.paused
+            or (self.in_compiled_backward and not torch.is_grad_enabled())
+        ):
             return func(*args, **kwargs)
         if func in BACKWARD:
             return run_backward(func, args, kwargs, self.probe, under=self)
@@ -461,5 +465,20 @@ class Capture(TorchFunctionMode):
         return scores
 
 
+# calls that return no tensor and change none, of which a model makes as many as of all others
+_SAYS_NOTHING = frozenset(
+    {
+        torch._C._set_grad_enabled,
+        Tensor.dim,
+        Tensor.size,
+        Tensor.numel,
+        Tensor.stride,
+        Tensor.is_floating_point,
+    }
+    | {
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
+    }
+)
 # functions that take of the samples at most how many there are
 _CREATES = ("new_", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")

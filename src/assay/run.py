@@ -477,6 +477,7 @@ class Run:
             self._discard()
         if not self._pending:
             self._totals = Totals(self.weights, self.processes) if self._totals_due else None
+            self._demand = Demands()  # the last step's directions go before new ones are made
             self._demand = Demands([session.begin_step(self._step) for session in self._sessions])
 
     def _discard(self) -> None:

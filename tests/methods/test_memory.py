@@ -267,3 +267,30 @@ def test_gradients_do_not_outlive_their_values(
     finally:
         gc.enable()
     run.close()
+
+
+# --- the target's gradient
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_gradient_of_the_target_at_a_time(optimizer: str) -> None:
+    """It is as large as the model: that of the last step is gone before that of the next is taken."""
+    model = net()
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watching(m: nn.Module, data: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in held))
+        return loss_fn(m, data)
+
+    opt = OPTIMIZERS[optimizer](model)
+    method = assay.InRunShapley(assay.Target([batch(2, 900)], watching))
+    with assay.Run(model, opt, methods=[method], check="off") as run:
+        for number in range(4):
+            with run.step(range(3)):
+                loss_fn(model, batch(3, number)).backward()
+            opt.step()
+            opt.zero_grad()
+            held[:] = [weakref.ref(g) for g in run._sessions[0].left.values()]  # type: ignore[attr-defined]
+            assert held
+    assert alive[:4] == [0, 0, 0, 0]

@@ -113,6 +113,7 @@ class InRunSession:
         self._fresh = None
         if self._age % self.method.refresh == 0:
             older = self.left if self._compares() else None
+            self.left = {}  # as large as the weights: let go of before the new one is made, where nothing waits for it
             self.losses, self.left = self.gradients.take()
             if self._first:
                 self._check_losses()

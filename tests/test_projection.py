@@ -14,6 +14,7 @@ from assay.capture.bottleneck import (
     projected,
     projected_through,
     small_projected,
+    small_projected_twice,
     small_uses,
     stream_factors,
     written_out,
@@ -129,6 +130,8 @@ def test_a_diagonal_between_gradient_and_projection(name: str, projection: Proje
             torch.testing.assert_close(small_projected(small, sides[p], through[p]), parts[0][p])
             plain = projected(weight, factors, sides)[p]
             torch.testing.assert_close(small_projected(small, sides[p]), plain)
+            twice = small_projected_twice(small, sides[p], sides[p], through[p])
+            torch.testing.assert_close(twice, (plain, parts[0][p]))
 
     stream_factors(model, weights, loss, batch, 4, take)
     for i in range(4):

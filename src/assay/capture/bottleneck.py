@@ -34,6 +34,7 @@ __all__ = [
     "projected_through",
     "refuse_uncovered",
     "small_projected",
+    "small_projected_twice",
     "small_uses",
     "stream_factors",
     "written_out",
@@ -237,6 +238,25 @@ def small_projected(factors: Factors, sides: Sides, through: Tensor | float = 1.
     if g is None:
         _refuse_writing_out()
     return _multiplied(g.reshape(len(g), *D.shape), D, within)
+
+
+def small_projected_twice(
+    factors: Factors, sides: Sides, others: Sides, through: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """`[B, r0, r1]` each: P g_i and Q (D ⊙ g_i) of what both read of a parameter's gradients.
+
+    Args:
+        factors: as `narrowed` gives them.
+        sides: P.
+        others: Q, which reads the same entries in the same order.
+        through: D `[*shape]`; a number is a multiple of the identity.
+    """
+    if not isinstance(factors, Dense) or sides.entries is None or not isinstance(through, Tensor):
+        return small_projected(factors, sides), small_projected(factors, others, through)
+    g = factors.gradients
+    parts = sides.dealt(g.reshape(len(g), *sides.within.matrix))  # one pass over the entries for both
+    D = sides.read(through.reshape(sides.matrix))
+    return sides.summed(parts), others.summed(parts, D)
 
 
 def _refuse_writing_out() -> NoReturn:

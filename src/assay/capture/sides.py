@@ -104,12 +104,22 @@ class Sides:
 
     def applied(self, x: Tensor) -> Tensor:
         """`[…, r0, r1]`: P x of what is read of it, x `[…, s0, s1]`."""
-        if self.entries is not None and self.signs is not None:
-            parts = x.flatten(-2)[..., self.entries.flatten()].view(*x.shape[:-2], *self.entries.shape)
-            summed: Tensor = (parts * self.signs.to(x.dtype)).sum(-1)
-            return summed
+        if self.entries is not None:
+            return self.summed(self.dealt(x))
         left = x if self.left is None else self.left.to(x.dtype) @ x
         return left if self.right is None else left @ self.right.to(x.dtype).t()
+
+    def dealt(self, x: Tensor) -> Tensor:
+        """`[…, r0, r1, n]`: what is read of x, `[…, s0, s1]`, in the order of a sketch's sums."""
+        assert self.entries is not None
+        return x.flatten(-2)[..., self.entries.flatten()].view(*x.shape[:-2], *self.entries.shape)
+
+    def summed(self, parts: Tensor, through: Tensor | None = None) -> Tensor:
+        """`[…, r0, r1]`: the sums of a sketch, of `dealt` entries; times those of a diagonal, `[s0, s1]`, if given."""
+        assert self.signs is not None
+        signs = self.signs if through is None else self.signs * self.dealt(through)
+        summed: Tensor = (parts * signs.to(parts.dtype)).sum(-1)
+        return summed
 
     def whole(self) -> Sides:
         """The same two sides with a column for every coordinate, nothing at those that are not read."""

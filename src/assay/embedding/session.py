@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from assay.capture import Capture
-from assay.capture.bottleneck import projected_through, refuse_uncovered, small_projected, small_uses
+from assay.capture.bottleneck import projected_through, refuse_uncovered, small_projected_twice, small_uses
 from assay.capture.factors import Factors
 from assay.capture.marks import Weight
 from assay.capture.probe import WHOLE
@@ -232,9 +232,10 @@ class EmbeddingSession:
         rows = torch.zeros_like(vector.rows)
         for param, factors, part in vector.small:
             at = self.projector.slices[param]
-            vector.rows[part, at] += small_projected(factors, self.projector.sides[param]).flatten(1)
-            if param in through:
-                rows[part, at] += small_projected(factors, self.through[param], through[param]).flatten(1)
+            own, D = self.projector.sides[param], through.get(param, 0.0)
+            plain, moved = small_projected_twice(factors, own, self.through[param], D)
+            vector.rows[part, at] += plain.flatten(1)
+            rows[part, at] += moved.flatten(1)
         return vector.rows, rows
 
     def _scalars(

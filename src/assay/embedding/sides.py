@@ -88,7 +88,10 @@ def balanced(
             for n, matrix in zip(own.within.matrix, (own.left, own.right), strict=True)
         )
         for into, r, c in ((plain, rows, columns), (inverse, 1 / rows, 1 / columns)):
-            into[name] = replace(own, left=(left * r).float(), right=(right * c).float())
+            if own.matrix[1] == 1:  # a vector stays one product for all samples
+                into[name] = replace(own, left=(left * r * c).float(), right=None)
+            else:
+                into[name] = replace(own, left=(left * r).float(), right=(right * c).float())
     return plain, inverse
 
 

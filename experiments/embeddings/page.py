@@ -137,10 +137,57 @@ def low_rank(r: Result) -> str:
     )
 
 
+def support(r: Result) -> str:
+    """Spearman by rank and support, what is not projected beside it where there is such a thing."""
+    parts = [
+        "## Reading a part of the sides\n\n`Projection(rank, support=n)` reads n coordinates of every wider side of a "
+        "weight; in brackets the standard deviation over the seeds of the projection, "
+        f"{r['seeds']} of them where anything is random.\n\n{r['gpt']}. `value_for` a target that training did not "
+        "know beside its values computed in the run (Spearman over the rows), and the influence (Gauss-Newton of 2 "
+        f"draws, layer blocks) beside retraining without a row in one step ({r['removals']} removals, Spearman over "
+        "them).\n"
+    ]
+    text = [row for name, rows in r["parts"].items() if name.startswith("GPT") for row in rows]
+    digits = {name: rows for name, rows in r["parts"].items() if not name.startswith("GPT")}
+    if text:
+        lines = [
+            [*key, *(_with_deviation(found[column]) for column in ("value_for", "retraining"))]
+            for key, found in _by(text, "against").items()
+        ]
+        parts.append(table(["projection", "support", "`value_for`", "retraining"], lines))
+    for name, rows in digits.items():
+        parts.append(
+            f"{name.removeprefix('digits ')}, digits: {r['digits']}; Gauss-Newton with layer blocks beside "
+            "retraining.\n"
+        )
+        own = [row for row in rows if row["curvature"] == "ggn"]
+        lines = [
+            [*key, *(_with_deviation(found[kind]) for kind in REMOVALS)]
+            for key, found in _by(own, "removal").items()
+        ]
+        parts.append(table(["projection", "support", *REMOVALS], lines))
+    return "\n".join(parts)
+
+
+def _by(rows: list[dict[str, Any]], column: str) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """By projection and support, the rows by another column."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        support = "whole sides" if row["times"] is None else str(row["times"] * row["rank"])
+        found.setdefault((f"{row['projection']} {row['rank']}", support), {})[row[column]] = row
+    return found
+
+
+def _with_deviation(row: dict[str, Any]) -> str:
+    spread = "" if row["deviation"] is None else f" ({row['deviation']:.2f})"
+    return f"{row['spearman']:.2f}{spread}"
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "embeddings_mnist": mnist,
     "embeddings_gpt": gpt,
     "embeddings_demo": demo,
     "embeddings_low_rank": low_rank,
+    "embeddings_support": support,
 }
 PLOTS: dict[str, tuple[str, Callable[[Result], str]]] = {"results-stages.svg": ("embeddings_gpt", stages)}

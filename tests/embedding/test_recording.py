@@ -129,6 +129,20 @@ def test_with_a_support_nothing_waits_for_the_step_but_what_is_read(
         torch.testing.assert_close(recorded(beside).read(0, 36), recorded(alone).read(0, 36))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_the_diagonal_is_the_same_where_it_is_read_and_as_a_whole(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on D is formed at the entries that are read alone."""
+    projection = assay.Projection(rank=2, support=3)
+    _, small = record(optimizer, projection=projection)
+    monkeypatch.setattr(EmbeddingSession, "_reads", lambda self: None)
+    _, whole = record(optimizer, projection=projection)
+    torch.testing.assert_close(
+        recorded(small).read(0, 36), recorded(whole).read(0, 36), rtol=1e-12, atol=1e-14
+    )
+
+
 def gauss_newton(model: nn.Module) -> Tensor:
     """`[entries, entries]`: Σ_i Jᵀ (diag(p) − p pᵀ) J / B of the first step, by the Jacobian of the logits."""
     x, _ = data()

@@ -209,7 +209,7 @@ def small_uses(
     found: dict[Parameter, Factors] = {}
     for p in wanted:
         small = None if own is None else narrowed(own[p], sides[p])
-        kept = None if small is None else owned(small)
+        kept = None if small is None else owned(small, sides[p].within.matrix)
         if kept is None:
             _refuse_writing_out()
         found[p] = kept
@@ -222,13 +222,13 @@ def small_projected(factors: Factors, sides: Sides, through: Tensor | float = 1.
     Args:
         factors: as `narrowed` gives them.
         sides: the parameter's projections.
-        through: D `[*shape]`, of the whole parameter; a number is a multiple of the identity.
+        through: D `[*shape]`, or what is read of it, `[s0, s1]`; a number is a multiple of the identity.
     """
     within = sides.within
     if not isinstance(through, Tensor):
         found = _project(factors, within)
         return found if through == 1.0 else found * through
-    D = sides.read(through.reshape(sides.matrix))
+    D = sides.entries_of(through)
     if isinstance(factors, Lookup):
         scaled = factors.b * F.embedding(factors.indices, D).to(factors.b.dtype)
         return _project(replace(factors, b=scaled), within)
@@ -249,13 +249,13 @@ def small_projected_twice(
         factors: as `narrowed` gives them.
         sides: P.
         others: Q, which reads the same entries in the same order.
-        through: D `[*shape]`; a number is a multiple of the identity.
+        through: D `[*shape]`, or what is read of it; a number is a multiple of the identity.
     """
     if not isinstance(factors, Dense) or sides.entries is None or not isinstance(through, Tensor):
         return small_projected(factors, sides), small_projected(factors, others, through)
     g = factors.gradients
     parts = sides.dealt(g.reshape(len(g), *sides.within.matrix))  # one pass over the entries for both
-    D = sides.read(through.reshape(sides.matrix))
+    D = sides.entries_of(through)
     return sides.summed(parts), others.summed(parts, D)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from assay.capture.factors import Apart, Dense, Directional, Factors, Lookup, Outer, Patches
-from assay.capture.forms import dense
+from assay.capture.forms import dense, scattered
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.sides import Sides, chosen
@@ -87,10 +87,20 @@ def _of_rows(factors: Lookup, sides: Sides) -> Lookup:
     return Lookup(indices, b, factors.layout)
 
 
-def owned(factors: Factors) -> Factors | None:
-    """The same in the smaller form and in memory of its own, so that it can wait; None as in `narrowed`."""
+def owned(factors: Factors, shape: tuple[int, int]) -> Factors | None:
+    """The same in the smaller form and in memory of its own, so that it can wait; None as in `narrowed`.
+
+    Args:
+        factors: as `narrowed` gives them.
+        shape: of the sub-matrix. What was looked up is written out where that is at most four times as much, since
+            several uses of a table can then be added up.
+    """
     if isinstance(factors, Lookup):
-        return replace(factors, b=factors.b.clone())
+        b, layout = factors.b, factors.layout
+        if layout.batch * shape[0] * shape[1] > 4 * b.numel():
+            return replace(factors, b=b.clone())
+        wide = b.to(torch.promote_types(b.dtype, torch.float32))
+        return Dense(scattered(factors.indices, wide, layout, shape[0]))
     if isinstance(factors, Outer):
         p, d = factors.b.shape[-1], factors.a.shape[-1]
         if factors.layout.batch * p * d > factors.a.numel() + factors.b.numel():
@@ -98,4 +108,5 @@ def owned(factors: Factors) -> Factors | None:
     g = dense(factors)
     if g is None:
         return None
+    g = g.reshape(len(g), *shape)
     return Dense(g.clone() if isinstance(factors, Dense) else g)

@@ -102,6 +102,10 @@ class Sides:
             x = x.index_select(-2, self.rows)
         return chosen(x, self.columns)
 
+    def entries_of(self, x: Tensor) -> Tensor:
+        """`[s0, s1]`: what is read of x `[*shape]`; x itself if it is that already."""
+        return x if x.shape == self.within.matrix else self.read(x.reshape(self.matrix))
+
     def applied(self, x: Tensor) -> Tensor:
         """`[…, r0, r1]`: P x of what is read of it, x `[…, s0, s1]`."""
         if self.entries is not None:

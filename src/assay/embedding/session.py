@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from assay.capture import Capture
 from assay.capture.bottleneck import projected_through, refuse_uncovered, small_projected_twice, small_uses
-from assay.capture.factors import Factors
+from assay.capture.factors import Dense, Factors
 from assay.capture.marks import Weight
 from assay.capture.probe import WHOLE
 from assay.embedding.draws import logits_of, output_gradients
@@ -59,6 +59,19 @@ class _Vector:
     rows: Tensor
     kept: list[tuple[Weight, Factors]] = field(default_factory=list)
     small: list[tuple[Parameter, Factors, slice]] = field(default_factory=list)
+
+    def keep(self, param: Parameter, read: Factors, part: slice) -> None:
+        """Keep what is read of a use; written-out uses of one parameter by all samples are added up."""
+        for other, known, whose in self.small:
+            if (
+                other is param
+                and part == whose == WHOLE
+                and isinstance(known, Dense)
+                and isinstance(read, Dense)
+            ):
+                known.gradients.add_(read.gradients)
+                return
+        self.small.append((param, read, part))
 
 
 class _Watch:
@@ -101,7 +114,7 @@ class _Watch:
         def take(weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
             if session.small:  # both P x and P D x are formed of it, at the step
                 for param, read in small_uses(weight, factors, session.projector.sides).items():
-                    vector.small.append((param, read, part))
+                    vector.keep(param, read, part)
                 return
             if session.ready:
                 session.projector.add(vector.rows, weight, factors, part)
@@ -169,7 +182,15 @@ class EmbeddingSession:
             StoreError: the disk refused; everything recorded is kept in memory and offered again.
         """
         refuse_uncovered(self.context.weights)
-        read = read_step(self.context.optimizer, self.params, step, batches, scale, self.context.processes)
+        read = read_step(
+            self.context.optimizer,
+            self.params,
+            step,
+            batches,
+            scale,
+            self.context.processes,
+            reads=self._reads(),
+        )
         read.counts = self._weigher.count()
         through = preconditioner(self.context.optimizer, read)
         if not self.ready:
@@ -201,6 +222,14 @@ class EmbeddingSession:
             for vector in self._vectors(batch):
                 for weight, factors in vector.kept:
                     self.projector.add(vector.rows, weight, factors)
+
+    def _reads(self) -> dict[Parameter, Any] | None:
+        """The entries at which D is needed; None where it is needed as a whole."""
+        optimizer = self.context.optimizer
+        couples = any(shrink and not decoupled for shrink, decoupled in map(optimizer.decay, self.params))
+        if not (self.small and self.ready and optimizer.elementwise) or couples:
+            return None
+        return {p: sides.entries_of for p, sides in self.through.items()}
 
     def _vectors(self, batch: MicroBatch) -> list[_Vector]:
         """The gradient and the draws, with all that was kept of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -128,6 +128,7 @@ def read_step(
     processes: OneProcess,
     rides: bool = False,
     only: Directions | None = None,
+    reads: Mapping[Parameter, Callable[[Tensor], Tensor]] | None = None,
 ) -> Step:
     """Read a coming step from the optimizer, in its pre-hook: the weights have not moved yet.
 
@@ -140,6 +141,8 @@ def read_step(
         processes: that train together.
         rides: the values came with the backward pass, so that no gain is needed any more.
         only: the one gradient that the step will be asked about, in one process without shards.
+        reads: the entries of each parameter whose gains will be asked for, and nothing else; for optimizers that work
+            entry by entry, in one process.
     """
     like = batches[0].scores
     moves: dict[Parameter, tuple[Tensor | Multiple | float, Tensor | Multiple | float]]
@@ -149,6 +152,8 @@ def read_step(
         moves, folded = {}, _folded(optimizer, only)
     elif rides:
         moves = {p: optimizer.moves(p) for p in params if p.grad is not None}
+    elif reads is not None:
+        moves, gains = {}, {p: optimizer.gain_at(p, reads[p]) for p in params if p.grad is not None}
     else:
         splits = {p: optimizer.split(p) for p in params if p.grad is not None}
         gains = {p: local(s.gain) if isinstance(s.gain, Tensor) else s.gain for p, s in splits.items()}

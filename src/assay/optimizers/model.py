@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -169,6 +169,24 @@ class OptimizerModel(ABC):
                 for k, x in flat.items()
             }
             yield part, self._split(group, own, widened(w[part]), widened(g[part]))
+
+    def gain_at(self, param: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor | float:
+        """Return the gain of :meth:`split` at some entries of a parameter.
+
+        Only where ``elementwise``.
+
+        Args:
+            param: A parameter of the optimizer whose ``.grad`` is dense.
+            read: Picks these entries out of a tensor of the parameter's shape.
+        """
+        group, state, shape = self._group(param), self._state(param), param.shape
+        assert param.grad is not None
+        own = {
+            k: read(x) if isinstance(x, Tensor) and x.shape == shape and x.dim() else x
+            for k, x in state.items()
+        }
+        w, g = read(param.detach()), read(param.grad.detach())
+        return self._split(group, own, widened(w), widened(g)).gain
 
     def _split(self, group: Group, state: State, w: Tensor, g: Tensor) -> Split:
         scale = self.grad_scale()

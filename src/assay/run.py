@@ -48,6 +48,7 @@ from assay.signals import Termination
 from assay.snapshots import Snapshots, snapshot_settings
 from assay.store import Ledger, RunWriter, shard_of
 from assay.store.ids import IdKind, id_series, kind_of_dtype
+from assay.targets import full_precision
 from assay.watched import fingerprint, watched
 
 __all__ = ["Run", "RunStatus"]
@@ -291,7 +292,7 @@ class Run:
         """Around work of assay's own: it is timed, in full precision, and ends where it fails."""
         started = time.perf_counter()
         try:
-            with self.faults.caught(where), torch.autocast(self._device.type, enabled=False):
+            with self.faults.caught(where), full_precision(self._device):
                 yield
         finally:
             self._seconds += time.perf_counter() - started
@@ -554,7 +555,7 @@ class Run:
         """The first forward pass runs under an autocast that the targets' passes before it knew nothing of."""
         if self.processes.sharded:  # its parameters are being gathered; from the next step on they know
             return
-        with capture.unseen(), torch.autocast(self._device.type, enabled=False):
+        with capture.unseen(), full_precision(self._device):
             each = zip(self._sessions, self._demand.each, strict=True)
             self._demand = Demands([s.retake() if isinstance(s, Retakes) else d for s, d in each])
         if not self._totals_due:

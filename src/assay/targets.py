@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import Module, Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,6 +21,7 @@ __all__ = [
     "Target",
     "TargetPass",
     "eagerly",
+    "full_precision",
     "refuse_constant",
     "refuse_delayed_errors",
     "undisturbed",
@@ -100,7 +102,19 @@ class Precision:
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    known = is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if known else None
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside, where the device knows of any.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 class TargetPass:

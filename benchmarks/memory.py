@@ -50,7 +50,7 @@ ARMS = {  # by optimizer: path, and what waits for the gradient
     "adamw left": ("adamw", "left", "recompute"),
     "adamw trapezoid": ("adamw", "trapezoid", "recompute"),
 }
-SIZE, QUICK = Size(2, 64, 768, 3), Size(2, 16, 64, 2)
+SIZE, QUICK = Size(2, 64, 768, 6), Size(2, 16, 64, 2)
 RANKS = (4, 16, 64)
 
 

@@ -159,7 +159,11 @@ class TargetPass:
         for name, target in self.targets.items():
             with undisturbed(self.model), torch.enable_grad():
                 loss, gradient = self._gradient(name, target)
-            yield loss[None], {p: g[None] for p, g in zip(self.params, gradient, strict=True)}
+            named = {p: g[None] for p, g in zip(self.params, gradient, strict=True)}
+            del (
+                gradient
+            )  # while this waits, the one who holds it in less memory lets go of one after the other
+            yield loss[None], named
 
     def hessian_products(self, direction: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """`{parameter: [targets, *shape]}`: each target's Hessian times one direction, by differentiating twice.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -34,6 +35,7 @@ from assay.capture.held import Held, Joined, Low
 from assay.capture.host import OnHost
 from assay.errors import AssayWarning, InputError
 from assay.methods.session import InRunSession
+from assay.targets import TargetPass
 
 LINES = ("predicted", "carried", "decayed", "actual", "residual")
 
@@ -359,6 +361,15 @@ def test_memory_of_each_form() -> None:
     found = torch.autograd.grad(loss(model, x), list(model.parameters()))
     for p, g in zip(model.parameters(), found, strict=True):
         torch.testing.assert_close(few[p][0], g)
+
+
+def test_the_full_gradient_is_gone_when_it_was_rounded() -> None:
+    """Nobody else holds what `Low` has taken over, not even the pass that waits to take the next target."""
+    model = net()
+    for _, gradient in TargetPass(model, targets(), list(model.parameters())).pieces():
+        taken = [weakref.ref(g) for g in gradient.values()]
+        Low(gradient)
+        assert all(ref() is None for ref in taken)
 
 
 def test_factors_larger_than_the_gradient_are_not_kept() -> None:

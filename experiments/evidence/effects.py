@@ -35,7 +35,7 @@ from assay.evaluate.intervals import mean_with_interval
 from assay.evaluate.retraining import brittleness
 from assay.evaluate.subsets import SubsetTraining, SubsetTruth, draw_subsets
 from assay.evaluate.task import SubsetLoop, Task
-from experiments.command import run_seeds_as_command
+from experiments.command import Pieces, run_seeds_as_command
 from experiments.evidence.images import correct, features, load, losses, network, sgd
 from experiments.index import gpt
 from experiments.paths.common import mixture, rows
@@ -92,7 +92,8 @@ def methods(s: EffectSettings, seed: int, model: int) -> list[Scorer]:
         Random(seed), FinalLoss(), GradientNorm(), SelfInfluence(s.rank), DotProduct(), Cosine(), TracIn(5),
         Trak(s.dimension), KNNShapley(5), KNNShapley(5, features=True), FeatureSimilarity(), BM25(),
         TextSimilarity(), RetrainingShapley(s.orders[model], s.stride[model], seed=seed), InRun("left"),
-        InRun("hessian"), InRun("trapezoid"), Embeddings("fisher", s.rank), Embeddings("ggn", s.rank),
+        InRun("hessian"), InRun("trapezoid"), InRun("left", even=True),
+        Embeddings("fisher", s.rank), Embeddings("ggn", s.rank),
         Influence("logra", s.rank), Influence("logra-pca", s.rank), Influence("ekfac"), Adjoint("ggn"),
         Adjoint("hessian"),
     ]  # fmt: skip
@@ -109,30 +110,31 @@ def truth(s: EffectSettings, task: Task, model: int, cache: Path) -> SubsetTruth
 
 def one(settings: EffectSettings, seed: int, cache: Path) -> dict[str, Any]:
     """Of each model and method: `[queries]` scores, rises and flips."""
-    return {
-        name: judge(settings, (digits, text)[i](settings, seed), i, seed, cache / "effects" / name)
-        for i, name in enumerate(MODELS)
-    }
-
-
-def judge(s: EffectSettings, task: Task, model: int, seed: int, cache: Path) -> dict[str, Any]:
-    """The same for one model."""
-    halves = truth(s, task, model, cache)
-    few = torch.arange(s.asked[model])
+    pieces = Pieces(cache / "effects" / f"seed{seed}", settings)
     found: dict[str, Any] = {}
-    for method in methods(s, seed, model):
-        if unavailable(method, task) is not None:
-            continue
-        scores = score(method, task)
-        values = scores.values.expand(task.asked, -1)
-        taken = taken_away(s, task, values[few], model, seed)
-        found[scores.name] = {
-            "lds": halves.score(values).per_query.tolist(),
-            "seconds": scores.seconds,
-            **taken,
+    for model, name in enumerate(MODELS):
+        task = (digits, text)[model](settings, seed)
+        halves = truth(settings, task, model, cache / "effects" / name)
+        found[name] = {
+            method.name: pieces.once(
+                f"{name}, {method.name}", partial(judge, settings, task, model, seed, halves, method)
+            )
+            for method in methods(settings, seed, model)
+            if unavailable(method, task) is None
         }
-        lds = sum(found[scores.name]["lds"]) / task.asked
-        print(f"{MODELS[model]} seed {seed} {scores.name}: {lds:.3f} in {scores.seconds:.1f} s", flush=True)
+    return {**found, "found_seconds": pieces.seconds}
+
+
+def judge(
+    s: EffectSettings, task: Task, model: int, seed: int, halves: SubsetTruth, method: Scorer
+) -> dict[str, Any]:
+    """The same for one model and method."""
+    scores = score(method, task)
+    values = scores.values.expand(task.asked, -1)
+    taken = taken_away(s, task, values[: s.asked[model]], model, seed)
+    found = {"lds": halves.score(values).per_query.tolist(), "seconds": scores.seconds, **taken}
+    lds = sum(found["lds"]) / task.asked
+    print(f"{MODELS[model]} seed {seed} {scores.name}: {lds:.3f} in {scores.seconds:.1f} s", flush=True)
     return found
 
 

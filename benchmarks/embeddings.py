@@ -1,24 +1,21 @@
-"""What data value embeddings cost: recording beside a plain training step, and the post-pass beside LoGra's logging.
+"""What data value embeddings cost after a run: the post-pass beside LoGra's logging.
 
-* recording: a step inside `assay.Run` with `DataValueEmbedding` beside the plain step, SGD and AdamW: the empirical
-  Fisher matrix at ranks 16 and 64, and one Gauss-Newton draw at rank 16; one step of each per round in an order that
-  rotates, ratios within a round; bytes per sample on the disk;
-* post-pass: `ledger.embeddings()` over recordings of T, 2T, 4T and 8T steps, seconds and samples per second, beside
-  `Index.build`'s logging of the same model, rank and dtype in the same rounds, and the line through the seconds. The
-  recorded rows are those of a few steps of that model, repeated: what is measured does not depend on their values;
+* `ledger.embeddings()` over recordings of T, 2T, 4T and 8T steps, seconds and samples per second, beside the logging
+  of `Index.build` on the same model, rank and dtype in the same rounds, and the line through the seconds. The recorded
+  rows are those of a few steps of that model, repeated: what is measured does not depend on their values;
 * segments: the longest recording in as many segments by as many processes as there are threads, beside one segment by
   one process with one thread;
 * memory: the peak of the post-pass in a process of its own, by length.
 
-    python benchmarks/embeddings.py            # under six minutes on two cores
+What the recording costs: `benchmarks/recording.py`.
+
+    python benchmarks/embeddings.py            # a few minutes on two cores; JSON and the figures of docs/embeddings.md
     python benchmarks/embeddings.py --quick    # under a minute, nothing written
-    python benchmarks/embeddings.py --docs     # writes the table in docs/embeddings.md from the results
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import statistics
@@ -26,128 +23,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import overhead
+import pages
 import polars as pl
 import torch
+from recording import Arm, Form, lm_logits_loss, tokens_of
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
 
 import assay
 from assay.embedding.recorded import Recorded
-from assay.rows import DTYPES, Folder, RowWriter
+from assay.rows import Folder, RowWriter
 
-RESULTS = Path(__file__).parent / "results"
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs" / "embeddings.md"
 RANK = 16  # of the post-pass
 SLOW = 1e-7  # learning rate of the recording that is repeated: the product of I − K H stays finite over any length
-FORMS = (("fisher", 16), ("fisher", 64), ("ggn", 16))  # curvature and rank of the recordings
 
 
-def _sibling(name: str) -> Any:
-    """Another script of this folder."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-overhead = _sibling("overhead")
 SIZES = [overhead.Size(16, 256, 384, 2)]
-
-
-# --- recording ---
-
-
-def lm_logits_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy by the logits that the model returns."""
-    logits = model(tokens[:, :-1])
-    loss: Tensor = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    return loss
-
-
-def tokens_of(size: Any, seed: int = 1) -> Tensor:
-    """`[batch, context + 1]`."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(overhead.VOCABULARY, (size.batch, size.context + 1), generator=generator)
-
-
-def arm(
-    size: Any, optimizer: str, kind: str, folder: Path, rank: int = RANK, lr: float | None = None
-) -> Callable[[], None]:
-    """One training step of that kind ("plain", or the curvature that is recorded), on a model of its own."""
-    model, _ = overhead.build(size, "gpt")
-    opt, batch = overhead.OPTIMIZERS[optimizer](model), tokens_of(size)
-    for group in opt.param_groups:
-        group["lr"] = group["lr"] if lr is None else lr
-
-    def plain() -> None:
-        lm_logits_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        opt.step()
-        opt.zero_grad()
-
-    if kind == "plain":
-        return plain
-    method = assay.DataValueEmbedding(assay.Projection(rank=rank), curvature=kind)  # type: ignore[arg-type]
-    out = folder / f"{size}-{optimizer}-{kind}-{rank}"
-    run, ids = assay.Run(model, opt, out=out, methods=[method]), list(range(size.batch))
-
-    def recording() -> None:
-        with run.step(ids):
-            lm_logits_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        opt.step()
-        opt.zero_grad()
-
-    recording.run = run  # type: ignore[attr-defined]
-    return recording
-
-
-def measure_recording(size: Any, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Rows of medians and quartiles."""
-    device = torch.device("cpu")
-    kinds = (("plain", 0), *FORMS)
-    arms = {(o, *form): arm(size, o, form[0], folder, form[1]) for o in overhead.OPTIMIZERS for form in kinds}
-    keys: list[tuple[str, str, int]] = list(arms)
-    times: dict[tuple[str, str, int], list[float]] = {key: [] for key in keys}
-    for number in range(options.warmup + options.rounds):
-        for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
-            taken = overhead.seconds(arms[key], device)
-            if number >= options.warmup:
-                times[key].append(taken)
-    rows = []
-    for (optimizer, kind, rank), taken in times.items():
-        row: dict[str, Any] = {
-            "size": size._asdict(),
-            "optimizer": optimizer,
-            "arm": kind,
-            "rank": rank,
-            "seconds": overhead.summary(taken),
-        }
-        ratios = [a / b for a, b in zip(taken, times[optimizer, "plain", 0], strict=True)]
-        row["ratio"] = overhead.summary(ratios)
-        run = getattr(arms[optimizer, kind, rank], "run", None)
-        row["bytes_per_sample"] = None
-        if run is not None:
-            run.close()
-            row["bytes_per_sample"] = bytes_per_sample(run.ledger)
-        rows.append(row)
-    return rows
-
-
-def bytes_per_sample(ledger: assay.Ledger) -> float:
-    """On the disk: the numbers of a row, and its share of the tables. A last shard that is not full is left out."""
-    assert ledger.path is not None
-    folder = ledger.path / "embeddings"
-    recorded = Recorded(Folder(folder))
-    tables = sum(p.stat().st_size for p in folder.rglob("*.parquet"))
-    return recorded.reader.width * DTYPES[recorded.reader.manifest.dtype].itemsize + tables / recorded.length
 
 
 # --- post-pass ---
@@ -158,11 +53,12 @@ def recording_of(size: Any, steps: int, out: Path) -> None:
     short = out.with_name("short")
     if not short.exists():
         inner = short.with_name("made")
-        step = arm(size, "adamw", "fisher", inner, lr=SLOW)
+        step = Arm(size, "adamw", Form("fisher", RANK), inner, lr=SLOW)
         for _ in range(8):
             step()
-        step.run.close()  # type: ignore[attr-defined]
-        shutil.move(inner / f"{size}-adamw-fisher-{RANK}", short)
+        assert step.run is not None
+        step.run.close()
+        shutil.move(inner, short)
     shutil.copytree(short, out)
     shutil.rmtree(out / "embeddings" / "rows")
     source = Recorded(Folder(short / "embeddings")).reader
@@ -191,7 +87,7 @@ def measure_post_pass(size: Any, options: argparse.Namespace, folder: Path) -> d
     logging: list[float] = []
     post: dict[int, list[float]] = {steps: [] for steps in lengths}
     seconds: dict[int, list[float]] = {steps: [] for steps in lengths}
-    for _ in range(options.post_rounds):
+    for _ in range(options.rounds):
         started, ended = time.perf_counter(), 0.0
 
         def progress(done: int) -> None:
@@ -277,17 +173,6 @@ def peak(run: Path) -> int:
 
 def show(document: dict[str, Any], console: Console) -> None:
     """What was measured, as tables."""
-    table = Table(title="recording: one training step, ratios to the plain step: medians (quartiles)")
-    for column in ("size", "optimizer", "arm", "rank", "seconds", "ratio", "bytes per sample"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in document["recording"]:
-        r = row["ratio"]
-        spread = f"{r['median']:.3f} ({r['lower_quartile']:.2f}-{r['upper_quartile']:.2f})"
-        size = "" if row["bytes_per_sample"] is None else f"{row['bytes_per_sample']:.0f}"
-        seconds = f"{row['seconds']['median']:.4f}"
-        named = (str(overhead.Size(**row["size"])), row["optimizer"], row["arm"], str(row["rank"] or ""))
-        table.add_row(*named, seconds, spread, size)
-    console.print(table)
     for row in document["post_pass"]:
         rates = {s: f"{v['median']:.0f}" for s, v in row["post_pass_samples_per_second"].items()}
         peaks = {s: f"{v / 2**20:.0f}" for s, v in row["peak_bytes"].items()}
@@ -298,31 +183,9 @@ def show(document: dict[str, Any], console: Console) -> None:
         )
 
 
-MARKS = ("<!-- figures of benchmarks/embeddings.py -->\n", "<!-- until here -->\n")
-
-
 def figures(document: dict[str, Any]) -> str:
     """What `docs/embeddings.md` shows of the results."""
     machine, lines = document["machine"], []
-    lines += [
-        f"On {machine['threads']} cores of one {machine['cpu']} (torch {machine['torch'].split('+')[0]}), "
-        f"medians and quartiles of {document['rounds']} rounds; `python benchmarks/embeddings.py`.\n",
-        "| batch × context × width × layers | optimizer | recorded | rank | step over plain step | bytes per sample |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in document["recording"]:
-        if row["arm"] != "plain":
-            size, r = " × ".join(map(str, row["size"].values())), row["ratio"]
-            spread = f"{r['median']:.2f} ({r['lower_quartile']:.2f}–{r['upper_quartile']:.2f})"
-            cells = (
-                size,
-                row["optimizer"],
-                row["arm"],
-                str(row["rank"]),
-                spread,
-                f"{row['bytes_per_sample']:.0f}",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
     for row in document["post_pass"]:
         size, line = " × ".join(map(str, row["size"].values())), row["line"]
         seconds = ", ".join(f"{s}: {v['median']:.2f}" for s, v in row["seconds"].items())
@@ -337,16 +200,9 @@ def figures(document: dict[str, Any]) -> str:
             f"variance. Peak memory beyond what the process held before, in MiB by the same lengths: {peaks}. "
             f"Seconds for the longest by number of processes, each with one thread and a segment: {apart}."
         )
-    return "\n".join(lines) + "\n"
-
-
-def page() -> str:
-    """`docs/embeddings.md` with the figures of the committed results; without any where there are none."""
-    results = RESULTS / "embeddings-cpu.json"
-    shown = figures(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return before + MARKS[0] + shown + MARKS[1] + after
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    lines.append(f"\n`python benchmarks/embeddings.py` · medians of {document['rounds']} rounds · {where}.")
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -356,14 +212,8 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a small model, few rounds; writes only to --out"
     )
     result.add_argument("--size", type=overhead.Size.parse, action="append", metavar="BxTxD[xLAYERS]")
-    result.add_argument("--only", choices=("recording", "post-pass"), action="append")
-    result.add_argument("--rounds", type=int, help="timed steps of each arm (11; 3 with --quick)")
-    result.add_argument(
-        "--post-rounds", type=int, help="timed post-passes of each length (5; 2 with --quick)"
-    )
+    result.add_argument("--rounds", type=int, help="timed post-passes of each length (5; 2 with --quick)")
     result.add_argument("--lengths", type=int, nargs="+", help="steps of the recordings (64 128 256 512)")
-    result.add_argument("--docs", action="store_true", help="only write docs/embeddings.md from the results")
-    result.add_argument("--warmup", type=int, default=2)
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--folder", type=Path, help="where runs are written for a while")
     result.add_argument("--out", type=Path, help="JSON file (results/embeddings-cpu.json)")
@@ -379,14 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.peak_of:
         print(peak(options.peak_of))
         return
-    if options.docs:
-        DOCS.write_text(page(), encoding="utf-8")
-        return
-    options.rounds = options.rounds or (3 if options.quick else 11)
-    options.post_rounds = options.post_rounds or (2 if options.quick else 5)
+    options.rounds = options.rounds or (2 if options.quick else 5)
     options.lengths = options.lengths or ([8, 16] if options.quick else [64, 128, 256, 512])
     sizes = options.size or (overhead.QUICK if options.quick else SIZES)
-    chosen = options.only or ["recording", "post-pass"]
     console = Console()
     console.width = max(console.width, 100)
     started = time.perf_counter()
@@ -394,27 +239,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": overhead.machine(options),
         "rank": RANK,
         "rounds": options.rounds,
-        "recording": [],
         "post_pass": [],
     }
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for n, size in enumerate(sizes):
             folder = Path(name) / str(n)
             folder.mkdir()
-            if "recording" in chosen:
-                document["recording"] += measure_recording(size, options, folder)
-            if "post-pass" in chosen:
-                document["post_pass"].append(measure_post_pass(size, options, folder))
+            document["post_pass"].append(measure_post_pass(size, options, folder))
             shutil.rmtree(folder)
     document["seconds"] = round(time.perf_counter() - started)
     show(document, console)
-    out = options.out or (None if options.quick or options.only else RESULTS / "embeddings-cpu.json")
+    default = overhead.RESULTS / "embeddings-cpu.json"
+    out = options.out or (None if options.quick else default)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written to {out}")
-        if out.parent == RESULTS:
-            DOCS.write_text(page(), encoding="utf-8")
+        if out == default:
+            page = pages.page_of("embeddings")
+            shown = pages.with_figures(page.read_text(encoding="utf-8"), "embeddings", figures(document))
+            page.write_text(shown, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize(("script", "name"), [("index", "influence"), ("adjoint", "adjoint")])
+@pytest.mark.parametrize(("script", "name"), [
+        ("index", "influence"), ("adjoint", "adjoint"), ("recording", "embeddings"), ("embeddings", "embeddings"),
+    ],
+)  # fmt: skip
 def test_a_page_is_made_from_the_results(script: str, name: str) -> None:
     benchmark, pages = importlib.import_module(script), importlib.import_module("pages")
     page = pages.page_of(name).read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ __all__ = ["Training", "Work", "adjoint", "embeddings", "in_run", "index", "trai
 LEDGER_ROW = 12  # bytes of step, micro-batch and id as Parquet keeps them; tests/plan measures it
 # bytes that a gradient with a graph holds, over those of both sides of every matrix; tests/plan measures it
 GRAPH = 6
+HELD = 4.5  # the same of one that is kept, before it is differentiated: 4 to 5 were found
 ROW_IDS = 12  # bytes of id and norm beside a row of projected gradients
 
 
@@ -236,13 +237,11 @@ def adjoint(
     )  # weights, state and gradient of each step of a segment
     borrowed = (2 + 2 * run.states) * vector
     adjoints = targets * (1 + run.states + 4) * vector
-    graph = GRAPH * sum(n * (d + p) for d, p, n in shape.matrices) * run.micro * run.context * run.width
-    held = min(
-        int(graphs / (graph * run.batch / run.micro)), min(distance, steps)
-    )  # steps whose graphs are kept
+    sides = sum(n * (d + p) for d, p, n in shape.matrices) * run.context * run.width  # bytes for a row
+    held = min(int(graphs / (HELD * sides * run.batch)), distance, steps)  # steps whose graphs are kept
     forward, linear = shape.forward(run.context), 2 * shape.multiplied
     shared = 2 * linear + 3 * (forward - linear)  # in attention both factors are activations
     again = 1 - held / min(distance, steps)
     work = (3 * forward + again * shared + targets * 6 * forward) * run.tokens
-    memory = max(graph, held * graph * run.batch / run.micro)
+    memory = max(GRAPH * run.micro, held * HELD * run.batch) * sides
     return Work(work, disk, kept + borrowed + adjoints + memory)

@@ -82,7 +82,7 @@ def _validated(constants: dict[str, Any]) -> CostModel:
             raise ValueError(f"{name} is no number")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be above 0")
-    whole = {name: int(constants[name]) for name in ("kept_bytes", "block_bytes")}
+    whole = {name: int(constants[name]) for name in ("kept_bytes", "block_bytes", "alone_bytes")}
     return CostModel(**{**constants, **whole})
 
 

@@ -7,7 +7,8 @@ For one linear layer with T positions per sample, widths d → p and n direction
 * *directional*: the output's change `a Gᵀ` along G, dotted with the output's gradient: one more GEMM per direction.
 * *fused*: the batched form inside one kernel of a GPU, where a sample's gradient stays in the registers (`fused`).
 
-The batched form works through a few samples at a time, so that their gradients stay in the last cache.
+The batched form works through a few samples at a time, so that their gradients stay in the last cache, and through
+single ones where their gradients are large.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class CostModel:
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
     block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
+    alone_bytes: int = 512 << 10  # from this size on a sample's gradient is a block of its own
     fused_per_entry: float = 1e-12  # a per-sample gradient entry dotted with a direction inside the kernel
     fused_per_flop: float = 1e-12  # by how much an operation of the kernel is slower than one of the GEMM
 
@@ -68,8 +70,13 @@ class CostModel:
         return batch * p * d * (2 * positions * self.fused_per_flop + targets * self.fused_per_entry)
 
     def samples_per_block(self, p: int, d: int, itemsize: int) -> int:
-        """How many samples' gradients to form at once."""
-        return max(1, self.block_bytes // (p * d * itemsize))
+        """How many samples' gradients to form at once; where it is more than one, a whole number for each thread."""
+        samples, threads = self.block_bytes // (p * d * itemsize), torch.get_num_threads()
+        return max(1, samples - samples % threads if samples > threads else samples)
+
+    def forms_alone(self, p: int, d: int, itemsize: int) -> bool:
+        """Whether one sample's gradient after the other is summed and dotted."""
+        return p * d * itemsize >= self.alone_bytes
 
 
 COST = CostModel()
@@ -77,7 +84,8 @@ COST = CostModel()
 # in tf32, 312 in 16 bits, of which a product reaches 70 %), and for the kernel by the guess that it reaches three
 # quarters of the library's speed on tensor cores and a third without.
 CUDA = CostModel(
-    per_entry=8e-12, per_flop=5e-14, kept_bytes=2 << 30, block_bytes=80 << 20, fused_per_flop=1e-13
+    per_entry=8e-12, per_flop=5e-14, kept_bytes=2 << 30, block_bytes=80 << 20, alone_bytes=80 << 20,
+    fused_per_flop=1e-13,
 )  # fmt: skip
 SHIPPED = {
     "cpu": COST,
@@ -132,9 +140,9 @@ def per_sample_products(a: Tensor, b: Tensor, layout: Layout, directions: Tensor
 
 
 def weight_gradient_and_products(
-    a: Tensor, b: Tensor, layout: Layout, directions: Tensor
+    a: Tensor, b: Tensor, layout: Layout, directions: Tensor, room: Room | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weight gradient `[p, d]` and `[targets, B]` inner products, by the cheapest form."""
+    """The weight gradient `[p, d]` and `[targets, B]` inner products, by the cheapest form; memory from `room`."""
     d, p = a.shape[-1], b.shape[-1]
     batch = layout.batch
     positions = b.numel() // max(p * batch, 1)
@@ -148,7 +156,7 @@ def weight_gradient_and_products(
     if form == "directional":
         return b.reshape(-1, p).t() @ a.reshape(-1, d), per_sample_products(a, b, layout, directions)
     a, b = layout.grouped(a).reshape(batch, -1, d), layout.grouped(b).reshape(batch, -1, p)
-    return fused(a, b, directions) if form == "fused" else batched(a, b, directions, cost_model(kind))
+    return fused(a, b, directions) if form == "fused" else batched(a, b, directions, cost_model(kind), room)
 
 
 def per_sample_gradients(
@@ -221,33 +229,61 @@ class Blocks:
             yield part, out
 
 
-def batched(a: Tensor, b: Tensor, directions: Tensor, cost: CostModel) -> tuple[Tensor, Tensor]:
+def batched(
+    a: Tensor, b: Tensor, directions: Tensor, cost: CostModel, room: Room | None = None
+) -> tuple[Tensor, Tensor]:
     """Blocks of per-sample gradients, summed and dotted before the next block is formed.
 
-    One parallel product for each block and reduction: on a CPU that others use as well, every further one is a place
-    where threads wait for each other (benchmarks/contractions.py).
+    Large gradients are formed one by one: plain products, sums and dots of one matrix share their work out to the
+    threads evenly, where a batched product hands each thread whole matrices and waits for the slowest. Small ones are
+    formed in as few blocks as the cache allows (benchmarks/contractions.py).
 
     Args:
         a: `[B, T, d]`.
         b: `[B, T, p]`.
         directions: `[targets, p, d]`.
         cost: how large a block may be.
+        room: what memory is taken from.
     """
     batch, d, p = a.shape[0], a.shape[2], b.shape[2]
     wide = torch.promote_types(a.dtype, torch.float32)
     G = directions.reshape(-1, p * d).to(wide)  # [targets, p·d]
-    block = min(batch, cost.samples_per_block(p, d, a.element_size()))
     total = torch.zeros(p * d, dtype=wide, device=a.device)
     products = torch.empty(batch, G.shape[0], dtype=wide, device=a.device)
-    room = torch.empty(block, p, d, dtype=a.dtype, device=a.device)
+    alone = cost.forms_alone(p, d, a.element_size())
+    block = 1 if alone else min(batch, cost.samples_per_block(p, d, a.element_size()))
+    shape = (block, p, d)
+    place = (
+        torch.empty(shape, dtype=a.dtype, device=a.device)
+        if room is None
+        else room.empty(shape, a.dtype, a.device)
+    )
+    form = _one_by_one if alone else _block_by_block
+    form(a, b.mT, G, place, total, products)
+    return total.view(p, d).to(a.dtype), products.t()
+
+
+def _block_by_block(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
+    """Fill `total` `[p·d]` and `products` `[B, targets]`."""
+    batch, block = len(a), len(place)
     ones = total.new_ones(block)
     for start in range(0, batch, block):  # a few iterations
         stop = min(start + block, batch)
-        g = torch.bmm(b[start:stop].transpose(1, 2), a[start:stop], out=room[: stop - start])
-        flat = g.view(stop - start, -1).to(wide)
+        g = torch.bmm(bt[start:stop], a[start:stop], out=place[: stop - start])
+        flat = g.view(stop - start, -1).to(G.dtype)
         total.addmv_(flat.t(), ones[: stop - start])
         if len(G) == 1:
             torch.mv(flat, G[0], out=products[start:stop, 0])
         else:
             torch.mm(flat, G.t(), out=products[start:stop])
-    return total.view(p, d).to(a.dtype), products.t()
+
+
+def _one_by_one(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
+    """The same for gradients so large that three calls for each cost nothing beside it."""
+    for i in range(len(a)):
+        g = torch.mm(bt[i], a[i], out=place[0]).view(-1).to(G.dtype)
+        total.add_(g)
+        if len(G) == 1:
+            torch.dot(g, G[0], out=products[i, 0])
+        else:
+            torch.mv(G, g, out=products[i])

@@ -219,7 +219,7 @@ def _weight_backward(
     groups = recorder.directions_of(weight) if weight is not None and short is None else {}
     if len(groups) == 1:
         ((group, directions),) = groups.items()
-        gw, products = weight_gradient_and_products(a, b, ctx.layout, directions)
+        gw, products = weight_gradient_and_products(a, b, ctx.layout, directions, recorder.room)
         scores[group] += products
         return gw
     for group, directions in groups.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture.held import Held, Scaled, multiplied, number_of, scaled
+from assay.capture.held import Held, Scaled, number_of, scaled
 from assay.capture.marks import Directions
 from assay.capture.recompute import Recompute
 from assay.capture.tokens import contract_by_token
@@ -22,7 +22,7 @@ from assay.optimizers.scalars import Multiple
 __all__ = ["Step", "along", "read_step"]
 
 
-PIECE = 1 << 16  # entries of a parameter that are read at once: what is made of them stays in the cache
+PIECE = 1 << 18  # entries of a parameter that are read at once: what is made of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -191,20 +191,16 @@ def _folded(optimizer: OptimizerModel, gradient: Directions) -> Folded:
         if p.grad is None:
             written[p] = torch.zeros_like(G)
             continue
-        rows = G.reshape(targets, -1)
-        size = PIECE if p.device.type == "cpu" else p.numel()
-        if p.numel() <= size:
-            split = optimizer.split(p)
-            written[p] = multiplied(G, split.gain)
-            sums[0] += along(G, split.carried).to(sums)
-            sums[1] += along(G, split.decayed).to(sums)
-            continue
-        made = torch.empty_like(rows)
-        for part, split in optimizer.pieces(p, size):
+        rows, size = G.reshape(targets, -1), PIECE if p.device.type == "cpu" else p.numel()
+        made = rows[:, :0]
+        for part, parts in optimizer.pieces(p, size):
             own = rows[:, part]
-            made[:, part] = multiplied(own, split.gain)
-            sums[0] += along(own, split.carried).to(sums)
-            sums[1] += along(own, split.decayed).to(sums)
+            if not made.numel():
+                made = rows.new_empty(rows.shape, dtype=torch.result_type(own, parts.gain))
+            through = torch.mul(own, parts.gain, out=made[:, part])
+            for total, moved in zip(sums, (parts.carried, parts.decayed), strict=True):
+                gained = isinstance(moved, Multiple) and moved.gained  # ⟨∇ℓ, K ⊙ m⟩ = ⟨K ⊙ ∇ℓ, m⟩
+                total += along(through if gained else own, moved).to(total)
         written[p] = made.view(G.shape)
     return Folded(gradient, written, sums[0], sums[1])
 

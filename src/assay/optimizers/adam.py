@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from assay.optimizers.model import Group, OptimizerModel, State
-from assay.optimizers.scalars import Scalar, next_step, number, second_moment, widened
+from assay.optimizers.scalars import Multiple, Scalar, next_step, number, second_moment, widened
 
 __all__ = ["Adam"]
 
@@ -25,14 +25,14 @@ class Adam(OptimizerModel):
 
     def _linear(
         self, group: Group, state: State, w: Tensor, g: Tensor
-    ) -> tuple[Tensor | float, Tensor | float]:
+    ) -> tuple[Tensor | float, Tensor | Multiple | float]:
         t, m = next_step(state), state.get("exp_avg")
         v = second_moment(state.get("exp_avg_sq"), g, number(group["betas"][1]))
         if m is not None and _is_amsgrad(group):
             v = torch.maximum(widened(state["max_exp_avg_sq"]), v)
         precondition = self._preconditioner(group, t, v)
         instant, carry = self._weights(group, t, self._mu_product(group, t, state))
-        carried = 0.0 if m is None else torch.mul(widened(m), precondition).mul_(carry)
+        carried = 0.0 if m is None else Multiple(carry / instant, widened(m), gained=True)
         return precondition.mul_(instant), carried
 
     def _foreseen_gain(self, group: Group, state: State) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from assay.errors import CoverageError, InputError
 from assay.optimizers.scalars import Multiple, Scalar, number, squeezed, widened
 
-__all__ = ["Group", "OptimizerModel", "Split", "State"]
+__all__ = ["Group", "OptimizerModel", "Parts", "Split", "State"]
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -39,6 +39,29 @@ class Split:
     gain: Tensor | float
     carried: Tensor | float
     decayed: Tensor | float
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A :class:`Split` whose parts are multiples of tensors that exist, as far as they can be.
+
+    Attributes:
+        gain: As in :class:`Split`.
+        carried: As in :class:`Split`.
+        decayed: As in :class:`Split`.
+    """
+
+    gain: Tensor | float
+    carried: Tensor | Multiple | float
+    decayed: Tensor | Multiple | float
+
+    def written(self) -> Split:
+        """Write the parts out."""
+        carried, decayed = (
+            part.written(self.gain) if isinstance(part, Multiple) else part
+            for part in (self.carried, self.decayed)
+        )
+        return Split(self.gain, carried, decayed)
 
 
 class OptimizerModel(ABC):
@@ -144,10 +167,12 @@ class OptimizerModel(ABC):
                 f"{self._name(param)} has a sparse gradient: build its embedding with sparse=False, "
                 "or exclude it"
             )
-        return self._split(group, self._state(param), widened(param.detach()), widened(grad.detach()))
+        return self._parts(
+            group, self._state(param), widened(param.detach()), widened(grad.detach())
+        ).written()
 
     @torch.no_grad()
-    def pieces(self, param: Tensor, entries: int) -> Iterator[tuple[slice, Split]]:
+    def pieces(self, param: Tensor, entries: int) -> Iterator[tuple[slice, Parts]]:
         """Yield :meth:`split` of the flattened parameter piece by piece, so that what is between stays in the cache.
 
         Only where ``elementwise``: entry by entry the same as :meth:`split`.
@@ -168,7 +193,7 @@ class OptimizerModel(ABC):
                 k: x[part] if isinstance(x, Tensor) and x.dim() and len(x) == len(w) else x
                 for k, x in flat.items()
             }
-            yield part, self._split(group, own, widened(w[part]), widened(g[part]))
+            yield part, self._parts(group, own, widened(w[part]), widened(g[part]))
 
     def gain_at(self, param: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor | float:
         """Return the gain of :meth:`split` at some entries of a parameter.
@@ -186,11 +211,12 @@ class OptimizerModel(ABC):
             for k, x in state.items()
         }
         w, g = read(param.detach()), read(param.grad.detach())
-        return self._split(group, own, widened(w), widened(g)).gain
+        return self._parts(group, own, widened(w), widened(g)).gain
 
-    def _split(self, group: Group, state: State, w: Tensor, g: Tensor) -> Split:
+    def _parts(self, group: Group, state: State, w: Tensor, g: Tensor) -> Parts:
         scale = self.grad_scale()
-        if isinstance(scale, Tensor) or scale != 1.0:
+        scaled = isinstance(scale, Tensor) or scale != 1.0
+        if scaled:
             g = g / scale
         weight_decay, decoupled = self._weight_decay(group)
         g = _signed(group, g)
@@ -198,15 +224,20 @@ class OptimizerModel(ABC):
             g = torch.add(g, weight_decay * w)
         gain, carried = self._linear(group, state, w, g)
         lr = squeezed(group["lr"])
-        carried = lr * carried
-        if _is_zero(weight_decay):
-            decayed: Tensor | float = 0.0
-        else:
-            decayed = lr * weight_decay * w if decoupled else lr * weight_decay * gain * w
+        carried = carried.times(lr) if isinstance(carried, Multiple) else lr * carried
+        decayed: Tensor | Multiple | float = 0.0
+        if not _is_zero(weight_decay):
+            decayed = Multiple(lr * weight_decay, w, gained=not decoupled)
         gain = _signed(group, gain)
-        if isinstance(scale, Tensor) or scale != 1.0:
-            gain = gain / scale
-        return self._unless_skipped(Split(gain, carried, decayed))
+        back: Scalar = _signed(group, 1.0)  # from the gain to ∂u/∂g, which the parts are made with
+        if scaled:
+            gain, back = gain / scale, back * scale
+        if not _is_one(back):
+            carried, decayed = (
+                part.times(back) if isinstance(part, Multiple) and part.gained else part
+                for part in (carried, decayed)
+            )
+        return self._unless_skipped(Parts(gain, carried, decayed))
 
     def moves(self, param: Tensor) -> tuple[Tensor | Multiple | float, Tensor | Multiple | float]:
         """Return ``carried`` and ``decayed`` of :meth:`split`, as multiples of tensors that exist where they are."""
@@ -260,7 +291,7 @@ class OptimizerModel(ABC):
     @abstractmethod
     def _linear(
         self, group: Group, state: State, w: Tensor, g: Tensor
-    ) -> tuple[Tensor | float, Tensor | float]:
+    ) -> tuple[Tensor | float, Tensor | Multiple | float]:
         """Return (∂u/∂g, part of u due to the buffer) of the descent direction u, w_{t+1} = w_t − lr·u.
 
         ``g`` is the gradient as the optimizer's documentation writes it after the lines on ``maximize`` and
@@ -288,11 +319,12 @@ class OptimizerModel(ABC):
         state: State = self.optimizer.state.get(param, {})  # indexing would create the entry
         return state
 
-    def _unless_skipped(self, split: Split) -> Split:
+    def _unless_skipped(self, parts: Parts) -> Parts:
         """Return zeros where GradScaler found an overflow, so that a fused ``step()`` will do nothing."""
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is None:
-            return split
+            return parts
+        split = parts.written()
 
         def kept(part: Tensor | float) -> Tensor | float:
             moves: Tensor = found_inf.reshape(()) == 0
@@ -300,7 +332,7 @@ class OptimizerModel(ABC):
                 return torch.where(moves.to(part.device, non_blocking=True), part, 0.0)
             return part * number(moves)
 
-        return Split(kept(split.gain), kept(split.carried), kept(split.decayed))
+        return Parts(kept(split.gain), kept(split.carried), kept(split.decayed))
 
     def _refuse_complex(self, param: Tensor) -> None:
         if param.is_complex():
@@ -320,6 +352,10 @@ class OptimizerModel(ABC):
 
 def _is_zero(x: Scalar) -> bool:
     return not isinstance(x, Tensor) and x == 0  # a tensor's value is not looked at: it may lie on a device
+
+
+def _is_one(x: Scalar) -> bool:
+    return not isinstance(x, Tensor) and x == 1
 
 
 def _signed(group: Group, x: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,19 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class Multiple:
-    """`factor · tensor`, not written out."""
+    """`factor · tensor`, or `factor · gain ⊙ tensor` with the gain of the step that it is part of, not written out."""
 
     factor: Scalar
     tensor: Tensor
+    gained: bool = False
+
+    def written(self, gain: Tensor | float) -> Tensor:
+        """Write it out."""
+        return self.factor * (self.tensor * gain if self.gained else self.tensor)
+
+    def times(self, factor: Scalar) -> Multiple:
+        """Return the multiple of it."""
+        return replace(self, factor=self.factor * factor)
 
 
 def squeezed(x: Any) -> Scalar:

@@ -24,12 +24,12 @@ class SGD(OptimizerModel):
 
     def _linear(
         self, group: Group, state: State, w: Tensor, g: Tensor
-    ) -> tuple[Tensor | float, Tensor | float]:
+    ) -> tuple[Tensor | float, Tensor | Multiple | float]:
         buffer = self._buffer(group, state)
         if buffer is None:
             return _weight(group, age=0, first=True), 0.0
         carry = self._momentum(group) * (self._momentum(group) if group["nesterov"] else 1.0)
-        return _weight(group, age=0, first=False), carry * widened(buffer)
+        return _weight(group, age=0, first=False), Multiple(carry, widened(buffer))
 
     def moves(self, param: Tensor) -> tuple[Tensor | Multiple | float, Tensor | Multiple | float]:
         """Return the buffer's and the weights' own tensors, each with its factor."""

@@ -5,6 +5,7 @@ Prints how often it was killed.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 from replay.common import Problem, loss_fn
 
 import assay
+from assay.replay import state
 from assay.replay.backward import Backward
 
 PROBLEM = Problem("adamw", clip=0.4, decay=0.1, schedule=True)
@@ -47,6 +49,7 @@ def kill_at(moment: int) -> None:
 def attempt(run: str, out: str, moment: int) -> None:
     """One attempt, in a process of its own."""
     kill_at(moment)
+    state.SHARE = math.inf  # every segment is written
     model = PROBLEM.model()
     values = assay.open(run).adjoint(
         model, PROBLEM.optimizer(model), PROBLEM.batches, loss_fn, PROBLEM.queries()

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["AdjointOptions", "Backward", "Queries", "adjoint", "clipping_of", "start_of", "targets_of"]
 
 Queries = Sequence[Any] | Mapping[str, Target]
-BLOCK = 1 << 15  # entries of a vector that the optimizer's adjoint takes at a time
+BLOCK = 1 << 17  # entries of a vector that the optimizer's adjoint takes at a time
 
 
 class AdjointOptions(TypedDict, total=False):

@@ -55,9 +55,9 @@ class Clipping:
         if self.largest is not None:
             n = g.norm()
             c = self.largest / (n + EPSILON)
-            along = of_clipped @ g  # [queries]
-            bent = c * of_clipped - (c / ((n + EPSILON) * n) * along)[:, None] * g
-            result = torch.where(c < 1, bent, of_clipped)
+            turned = c / ((n + EPSILON) * n) * (of_clipped @ g)  # [queries]
+            turned = torch.where(c < 1, turned, 0.0)  # 0 · g, whatever n is
+            result = (of_clipped * c.clamp(max=1.0)).addr_(turned, g, alpha=-1)
         return self.factor * result if self.factor != 1 else result
 
 

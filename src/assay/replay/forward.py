@@ -86,6 +86,7 @@ class Forward:
         self.clipping, self.adjoint = clipping, adjoint
         self.flat = Flat(model, optimizer)
         self.check = Check(self.flat)
+        self._restored: tuple[int, Tensor] | None = None  # the last snapshot's step and weights
         self._divided = False  # whether the loop divided the loss by the number of micro-batches
 
     def restore(self, step: int) -> Tensor:
@@ -102,15 +103,14 @@ class Forward:
         for module, training in zip(modules, content["training"], strict=True):
             module.training = training
         try:
-            self.optimizer.load_state_dict(
-                copy.deepcopy(content["optimizer"])
-            )  # it steps in the tensors it is given
+            self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"the optimizer does not take the run's state ({error}): make it with the run's parameter groups."
             ) from error
         self.optimizer.zero_grad()
-        return self.flat.weights()
+        self._restored = step, self.flat.weights()
+        return self._restored[1]
 
     def segment(
         self, start: int, stop: int, keep: bool = True, graphs: Graphs | None = None
@@ -129,6 +129,7 @@ class Forward:
         Raises:
             InputError: the replay is not the run.
         """
+        expected = self._weights_at(stop)
         begin = self.restore(start)
         self.check.begin(start)
         records = [self.trajectory.records[t] for t in range(start, stop)]
@@ -137,12 +138,16 @@ class Forward:
             graphs.begin(taken)
         for record in taken:
             yield self.step(record, keep, graphs=graphs)
-        end = self.trajectory.load(stop)["weights"]
-        names = self.flat.names
-        expected = self.flat.join(
-            [end[name].to(p.device) for name, p in zip(names, self.flat.params, strict=True)]
-        )
         self.check.weights(stop, begin, self.flat.weights(), expected)
+
+    def _weights_at(self, step: int) -> Tensor:
+        """`[P]`, of a snapshot: on the way back, the one that the segment before began with."""
+        if self._restored is not None and self._restored[0] == step:
+            return self._restored[1]
+        weights = self.trajectory.load(step)["weights"]
+        return self.flat.join(
+            [weights[name].to(p.device) for name, p in zip(self.flat.names, self.flat.params, strict=True)]
+        )
 
     def step(
         self,

@@ -76,7 +76,7 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     square = x * x
     density = (square * -0.5).exp_()
     second = square.neg_().add_(2).mul_(density).mul_(1 / math.sqrt(2 * math.pi))
-    return torch.ops.aten.gelu_backward(torch.ones_like(x), x), second
+    return torch.ops.aten.gelu_backward(x.new_ones(()).expand_as(x), x), second
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
-"""Where an adjoint stands, written after every segment, so that one that was killed goes on."""
+"""Where an adjoint stands, written after a segment, so that one that was killed goes on."""
 
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from assay.store.tensors import TensorFiles
 __all__ = ["Progress", "ProgressFiles"]
 
 STATE, VALUES = "adjoint", "values"
+SHARE = 0.05  # of the time that may go into writing; segments that end sooner are written with a later one
 
 
 @dataclass
@@ -50,20 +52,32 @@ class ProgressFiles:
             start.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), zlib.crc32(text)
         )
         self.files = None if folder is None else TensorFiles(folder / f"{key:08x}")
+        self._fresh: list[int] = []  # steps whose values are not written
+        self._due = 0.0
 
     def write(self, progress: Progress, fresh: Sequence[int]) -> None:
-        """Keep the adjoints, and the values of the segment's steps.
+        """Keep the adjoints, and the values of the segment's steps, unless the last time is too near.
 
         Raises:
             StoreError: the disk refused.
         """
         if self.files is None:
             return
-        self.files.write(VALUES, progress.step, {t: progress.values[t].cpu() for t in fresh})
-        self.files.write(STATE, progress.step, {n: x.cpu() for n, x in progress.adjoints.items()})
-        for number in self.files.numbers(STATE):
+        self._fresh.extend(fresh)
+        began = time.monotonic()
+        if began < self._due:
+            return
+        self._write(self.files, progress)
+        self._fresh.clear()
+        ended = time.monotonic()
+        self._due = ended + (ended - began) / SHARE
+
+    def _write(self, files: TensorFiles, progress: Progress) -> None:
+        files.write(VALUES, progress.step, {t: progress.values[t].cpu() for t in self._fresh})
+        files.write(STATE, progress.step, {n: x.cpu() for n, x in progress.adjoints.items()})
+        for number in files.numbers(STATE):
             if number != progress.step:
-                self.files.delete(STATE, number)
+                files.delete(STATE, number)
 
     def read(self, device: torch.device) -> Progress | None:
         """What there is from an earlier attempt.

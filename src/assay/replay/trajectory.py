@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,9 +104,9 @@ class Trajectory:
         return self.snapshots[-1]
 
     def load(self, step: int) -> dict[str, Any]:
-        """The snapshot of that step."""
+        """The snapshot of that step, the caller's own."""
         content: dict[str, Any] = self.files.read(STATE, step)
-        return content
+        return copy.deepcopy(content) if self.files.folder is None else content
 
     def segments(self, first: int) -> list[tuple[int, int]]:
         """Stretches from one snapshot to the next, down to the one that holds step `first`, the last one first."""

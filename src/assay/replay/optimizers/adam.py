@@ -44,19 +44,19 @@ class AdamAdjoint(OptimizerAdjoint):
         if decay and not decoupled:
             g = g + decay * before[WEIGHTS]
         m = before["exp_avg"].lerp(g, 1 - beta1)
-        v = beta2 * before["exp_avg_sq"] + (1 - beta2) * g * g
+        v = (beta2 * before["exp_avg_sq"]).addcmul_(g, g, value=1 - beta2)
         c1, c2 = 1 - beta1**count, 1 - beta2**count
-        s = (self._largest(before, v) / c2).sqrt()
+        s = (self._largest(before, v) / c2).sqrt_()
         D = s + options["eps"]
-        mu = torch.addcmul(after["exp_avg"], of_w, lr / (c1 * D), value=-1)
+        mu = torch.addcdiv(after["exp_avg"], of_w, D, value=-lr / c1)
         # lr (m/c1) / (2 c2 s D²), each factor of moderate size
-        bend = torch.where(s > 0, (lr / (2 * c1 * c2)) * (m / D) / (s * D), 0.0)
+        bend = m.div_(D).div_(D.mul_(s)).mul_(lr / (2 * c1 * c2)).masked_fill_(s == 0, 0.0)
         result, nu = self._second(before, v, of_w * bend, after)
-        of_g = torch.addcmul((1 - beta1) * mu, nu, 2 * (1 - beta2) * g)
+        of_g = ((1 - beta1) * mu).addcmul_(nu, g, value=2 * (1 - beta2))
         if decay:
             of_w = (1 - lr * decay) * of_w if decoupled else of_w + decay * of_g
-        result |= {WEIGHTS: of_w, "exp_avg": beta1 * mu, "exp_avg_sq": beta2 * nu}
-        return result, -of_g if options["maximize"] else of_g
+        result |= {WEIGHTS: of_w, "exp_avg": mu.mul_(beta1), "exp_avg_sq": nu.mul_(beta2)}
+        return result, of_g.neg_() if options["maximize"] else of_g
 
     def _largest(self, before: Vectors, v: Tensor) -> Tensor:
         """The second moment that the denominator takes."""

@@ -31,13 +31,22 @@ LARGE = 10**12
 def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each gradient had that was taken up again."""
     seen: list[int] = []
-    original = Curvature.resume
+    original = Curvature.__call__
 
-    def counted(self: Curvature, taken: Any, of_g: Tensor) -> Any:
-        seen.append(taken.capture.batch)
-        return original(self, taken, of_g)
+    def counted(
+        self: Curvature,
+        batch: Any,
+        rows: int,
+        random: Any,
+        of_g: Tensor,
+        products: bool = True,
+        taken: Any = None,
+    ) -> Any:
+        if taken is not None:
+            seen.append(taken.capture.batch)
+        return original(self, batch, rows, random, of_g, products, taken)
 
-    monkeypatch.setattr(Curvature, "resume", counted)
+    monkeypatch.setattr(Curvature, "__call__", counted)
     return seen
 
 
@@ -157,11 +166,70 @@ def test_a_kept_graph_survives_a_step_of_the_optimizer() -> None:
     optimizer.step()
     assert not torch.equal(flat.weights(), before)
     flat.put(before)
-    found = curvature.resume(taken, along)
+    found = curvature(batch, len(ids), random, along, taken=taken)
     assert truth.products is not None
     assert found.products is not None
     assert torch.allclose(found.products, truth.products, rtol=1e-12, atol=1e-15)
     assert torch.allclose(found.scores, truth.scores, rtol=1e-12, atol=1e-15)
+
+
+class Cubed(torch.autograd.Function):
+    """An operation without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+class Sometimes(nn.Module):
+    """Differentiable twice except for some inputs, which look like all others until they are differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.final = True  # whether there are such inputs at all
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        final = self.final and bool(x[0, 0] > 10)
+        return self.last(Cubed.apply(hidden) if final else hidden**3)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def test_a_kept_graph_without_a_second_derivative_is_done_without(resumed: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Sometimes().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    generator = torch.Generator().manual_seed(1)
+    data = []
+    for step in range(6):
+        x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        x[0, 0] = 11.0 if step == 2 else 1.0
+        data.append(([3 * step + row for row in range(3)], (x, torch.randint(3, (3,), generator=generator))))
+    query = data[0][1]
+    with assay.Run(model, optimizer, snapshots=3) as run:
+        for ids, batch in data:
+            with run.step(ids):
+                loss_fn(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def values() -> Tensor:
+        return run.ledger.adjoint(model, optimizer, lambda t: [data[t]], loss_fn, [query] * 2, graphs=LARGE)
+
+    with pytest.warns(assay.AssayWarning, match="cannot be differentiated twice") as warned:
+        found = values()
+    assert len(warned) == 1
+    assert 3 in resumed  # graphs were kept, of that step too
+    model.final = False
+    truth = values()
+    assert (found - truth).abs().max() <= 1e-6 * truth.abs().max()
 
 
 @pytest.mark.parametrize("budget", ["plenty", -1, True])

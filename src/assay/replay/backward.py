@@ -191,10 +191,8 @@ class Backward:
             of_g = stash.share * of_g
         values, losses = [], []
         for (ids, batch), random in zip(stash.batches, stash.record.random, strict=True):
-            if stash.taken:
-                seen = self.curvature.resume(stash.taken.pop(0), of_g)
-            else:
-                seen = self.curvature(batch, len(ids), random, of_g, products)
+            taken = stash.taken.pop(0) if stash.taken else None
+            seen = self.curvature(batch, len(ids), random, of_g, products, taken)
             values.append(-seen.scores)
             losses.append(seen.loss)
             if seen.products is not None:

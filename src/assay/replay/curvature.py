@@ -87,11 +87,17 @@ class Curvature:
         self.outputs = modules[outputs] if outputs else model
         self.gradients = Gradients(model, flat, loss_fn, exclude)
         self.held = 0  # bytes of the graph of the last gradient that was compared
-        self._differenced = self._looped = self._roots_seen = self._verified = False
+        self._differenced = self._looped = self._verified = False
         self._linked: bool | None = None  # whether the short way is right for this model; not known yet
 
     def __call__(
-        self, batch: Any, rows: int, random: RandomState, of_g: Tensor, products: bool = True
+        self,
+        batch: Any,
+        rows: int,
+        random: RandomState,
+        of_g: Tensor,
+        products: bool = True,
+        taken: Taken | None = None,
     ) -> Seen:
         """Second derivatives and inner products along λ_g.
 
@@ -101,9 +107,13 @@ class Curvature:
             random: the state of the generators that its forward pass started from.
             of_g: λ_g, `[queries, P]`.
             products: whether H λ_g is wanted.
+            taken: its gradient where that was kept, whose graph is used up here; the parameters have its step's values
+                again.
         """
         if products and self.kind == "hessian" and not self._differenced:
             try:
+                if taken is not None:
+                    return self._along(taken, of_g)
                 seen = self._twice(batch, rows, random, of_g)
                 self._verify(seen, batch, random, of_g)
                 return seen
@@ -118,6 +128,8 @@ class Curvature:
                     AssayWarning,
                     stacklevel=2,
                 )
+        if taken is not None:
+            taken.close()
         seen, _ = self._watched(batch, rows, random, of_g, twice=False)
         if products:
             form = self._gauss_newton if self.kind == "ggn" else self._difference
@@ -178,7 +190,7 @@ class Curvature:
         return self._along(taken, of_g)
 
     def keep(self, batch: Any, rows: int, random: RandomState) -> Taken:
-        """The gradient with its graph, for `resume`; only where `keeps` says so."""
+        """The gradient with its graph, for a call that comes later; only where `keeps` says so."""
         return self.gradients.take(batch, rows, random, twice=True, held=True)
 
     @property
@@ -186,12 +198,8 @@ class Curvature:
         """Whether graphs can be kept: the short way is known to be right for this model."""
         return self._linked is True and not self._differenced
 
-    def resume(self, taken: Taken, of_g: Tensor) -> Seen:
-        """What a call gives, from a gradient that was kept; the parameters have its step's values again."""
-        return self._along(taken, of_g)
-
     def _along(self, taken: Taken, of_g: Tensor) -> Seen:
-        """The forward pass and the gradient are shared by all queries.
+        """What a gradient with its graph gives: the forward pass and the gradient are shared by all queries.
 
         The products go through the graph one query at a time where the machine is full with one, and together where a
         pass is mostly overhead.
@@ -207,6 +215,8 @@ class Curvature:
             some = {p: directions[p][part] for p in self.gradients.weights.params}
             found = links(uses, some, scores[part])
             scores[part] += found.scores
+            if start == 0:  # the graph is the same for every query
+                refuse_delayed_errors(found.roots)
             curved = self._batched(found.roots, self.flat.params, found.slopes, start + size < len(of_g))
             products.append(self.flat.join_rows(curved, size))
             del found
@@ -233,9 +243,7 @@ class Curvature:
         if not pairs:
             return torch.zeros_like(of_g)
         roots = [g for g, _ in pairs]
-        if not self._roots_seen:
-            refuse_delayed_errors(roots)
-            self._roots_seen = True
+        refuse_delayed_errors(roots)
         return self.flat.join_rows(
             self._batched(roots, self.flat.params, [d.to(g.dtype) for g, d in pairs]), len(of_g)
         )

@@ -13,9 +13,6 @@ the same training.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ from overhead import (
     RESULTS,
     VOCABULARY,
     Size,
+    in_own_process,
     lm_loss,
     machine,
     resident_peak,
@@ -156,14 +154,11 @@ def peak(problem: Problem, kind: str) -> int:
 
 def measure_memory(problem: Problem, options: argparse.Namespace, kind: str) -> int:
     """`peak` in a process of its own."""
-    command = [
-        sys.executable, __file__, "--peak-of", kind, "--size", str(problem.size), "--device", options.device,
-        "--threads", str(options.threads), "--steps", str(options.memory_steps),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the memory of {kind} could not be measured:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
+    (found,) = in_own_process(
+        __file__, "--peak-of", kind, "--size", problem.size, "--device", options.device,
+        "--threads", options.threads, "--steps", options.memory_steps,
+    )  # fmt: skip
+    return found
 
 
 def described(problem: Problem, steps: int) -> tuple[plan.Shape, plan.Training]:
@@ -315,16 +310,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out
     if out is None and not options.quick:
         out = RESULTS / f"adjoint-{torch.device(options.device).type}.json"
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(options, name) for name in ("rounds", "warmup", "steps", "memory_steps")}
-        document = {"machine": machine(options), "settings": settings, "rows": rows}
-        out.write_text(json.dumps(document, indent=1) + "\n")
-        console.print(f"written to {out}")
-        if out == RESULTS / "adjoint-cpu.json":
-            page = pages.page_of("adjoint")
-            shown = pages.with_figures(page.read_text(encoding="utf-8"), "adjoint", figures(document))
-            page.write_text(shown, encoding="utf-8")
+    settings = {name: getattr(options, name) for name in ("rounds", "warmup", "steps", "memory_steps")}
+    document = {"machine": machine(options), "settings": settings, "rows": rows}
+    pages.keep(document, out, "adjoint", "adjoint", figures)
 
 
 if __name__ == "__main__":

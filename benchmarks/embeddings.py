@@ -16,11 +16,8 @@ What the recording costs: `benchmarks/recording.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -154,11 +151,8 @@ def peak_of(run: Path) -> int:
     """Peak bytes of the post-pass beyond what the process held before, in a process of its own."""
     for built in run.glob("embeddings/built-*"):
         shutil.rmtree(built)
-    command = [sys.executable, __file__, "--peak-of", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the memory of the post-pass could not be measured:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
+    (found,) = overhead.in_own_process(__file__, "--peak-of", run)
+    return found
 
 
 def peak(run: Path) -> int:
@@ -249,16 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(folder)
     document["seconds"] = round(time.perf_counter() - started)
     show(document, console)
-    default = overhead.RESULTS / "embeddings-cpu.json"
-    out = options.out or (None if options.quick else default)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=1) + "\n")
-        console.print(f"written to {out}")
-        if out == default:
-            page = pages.page_of("embeddings")
-            shown = pages.with_figures(page.read_text(encoding="utf-8"), "embeddings", figures(document))
-            page.write_text(shown, encoding="utf-8")
+    out = options.out or (None if options.quick else overhead.RESULTS / "embeddings-cpu.json")
+    pages.keep(document, out, "embeddings", "embeddings", figures)
 
 
 if __name__ == "__main__":

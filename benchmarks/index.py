@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -260,10 +258,9 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> list[dict[str, 
 
 def peak_apart(place: Path, piece: int | None, options: argparse.Namespace) -> dict[str, int]:
     """`peak` in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", str(place), "--threads", str(options.threads)]
-    command += ["--piece", str(piece)] if piece else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(zip(("peak_bytes", "id_bytes"), map(int, done.stdout.split()[-2:]), strict=True))
+    pieces = ["--piece", piece] if piece else []
+    found = overhead.in_own_process(__file__, "--peak-of", place, "--threads", options.threads, *pieces)
+    return dict(zip(("peak_bytes", "id_bytes"), found, strict=True))
 
 
 def peak(folder: Path, piece: int | None) -> tuple[int, int]:
@@ -446,14 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     document["seconds"] = round(time.perf_counter() - started)
     show(document, console)
     out = options.out or (None if options.quick or options.only else RESULTS / "index-cpu.json")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=1) + "\n")
-        console.print(f"written to {out}")
-        if out == RESULTS / "index-cpu.json":
-            page = pages.page_of("influence")
-            shown = pages.with_figures(page.read_text(encoding="utf-8"), "index", figures(document))
-            page.write_text(shown, encoding="utf-8")
+    pages.keep(document, out, "index", "influence", figures)
 
 
 if __name__ == "__main__":

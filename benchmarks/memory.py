@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -107,18 +105,13 @@ def peak(options: Namespace, size: Size) -> int:
 
 def measured(options: Namespace, size: Size, kind: str, form: str, checkpoints: bool) -> int:
     """`peak` in a process of its own."""
-    command = [
-        sys.executable, __file__, "--device", options.device, "--threads", str(options.threads),
+    (found,) = overhead.in_own_process(
+        __file__, "--device", options.device, "--threads", options.threads,
         *(["--quick"] if options.quick else []),
         "--peak-of", kind, form, "checkpoints" if checkpoints else "none",
-    ]  # fmt: skip
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **settings}
-    )
-    if done.returncode:
-        raise SystemExit(f"the memory of {kind}, {form} could not be measured:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
+        environment=overhead.GIVES_BACK,
+    )  # fmt: skip
+    return found
 
 
 def peaks(options: Namespace, size: Size) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adamw": lambda model: AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1),
 }
 KINDS = ("plain", "pass", "assay")
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process whose allocator gives memory back at once."""
 
 Step = Callable[[], None]
 
@@ -186,17 +188,31 @@ def measure_time(size: Size, options: argparse.Namespace) -> dict[tuple[str, str
 
 def measure_memory(size: Size, options: argparse.Namespace, optimizer: str, kind: str) -> int:
     """Peak bytes of three steps of one arm, in a process of its own."""
-    command = [
-        sys.executable, __file__, "--peak-of", optimizer, kind, "--size", str(size), "--family", options.family,
-        "--device", options.device, "--threads", str(options.threads), "--accumulate", str(options.accumulate),
-    ]  # fmt: skip
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
+    (found,) = in_own_process(
+        __file__, "--peak-of", optimizer, kind, "--size", size, "--family", options.family,
+        "--device", options.device, "--threads", options.threads, "--accumulate", options.accumulate,
+        environment=GIVES_BACK,
+    )  # fmt: skip
+    return found
+
+
+def in_own_process(
+    script: str, *arguments: object, environment: Mapping[str, str] | None = None
+) -> list[int]:
+    """The numbers in the last line that a benchmark prints in a process of its own.
+
+    Args:
+        script: its file.
+        arguments: of its command line.
+        environment: what is set beside this process's own.
+    """
+    command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **settings}
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
     )
     if done.returncode:
-        raise SystemExit(f"the memory of {kind} with {optimizer} could not be measured:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
+        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
+    return [int(word) for word in done.stdout.splitlines()[-1].split()]
 
 
 def peak(size: Size, options: argparse.Namespace) -> int:

@@ -1,19 +1,49 @@
-"""Figures of a benchmark in a page of the documentation, between two marks that name the script which writes them."""
+"""Results of a benchmark as JSON, and its figures in a page of the documentation, between marks that name it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["page_of", "spread", "with_figures"]
+__all__ = ["keep", "page_of", "spread", "with_figures"]
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
 END = "<!-- end of the figures -->\n"
 
 
 def page_of(name: str) -> Path:
     """A page of the documentation."""
     return DOCS / f"{name}.md"
+
+
+def keep(
+    document: dict[str, Any],
+    out: Path | None,
+    script: str,
+    page: str,
+    figures: Callable[[dict[str, Any]], str],
+) -> None:
+    """Write results to their file, and their figures into the page if that is the one which the page is made from.
+
+    Args:
+        document: the results.
+        out: the file; None keeps nothing.
+        script: the benchmark, `benchmarks/SCRIPT.py`, whose page is made from `results/SCRIPT-cpu.json`.
+        page: of the documentation.
+        figures: turns the results into Markdown.
+    """
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {out}")
+    if out == RESULTS / f"{script}-cpu.json":
+        file = page_of(page)
+        shown = with_figures(file.read_text(encoding="utf-8"), script, figures(document))
+        file.write_text(shown, encoding="utf-8")
 
 
 def with_figures(page: str, script: str, figures: str) -> str:

@@ -10,7 +10,6 @@ AdamW; one step of each per round in an order that rotates; ratios within a roun
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,16 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.seconds, options.rounds = min(options.seconds, 2.0), min(options.rounds, 3)
     with tempfile.TemporaryDirectory() as folder:
         document = {"machine": overhead.machine(options), "rows": measure(options, Path(folder))}
-    default = overhead.RESULTS / "recording-cpu.json"
-    out = options.out or (None if options.quick else default)
-    if out is None:
-        print(figures(document))
-        return
-    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if out == default:
-        page = pages.page_of("embeddings")
-        shown = pages.with_figures(page.read_text(encoding="utf-8"), "recording", figures(document))
-        page.write_text(shown, encoding="utf-8")
+    print(figures(document))
+    out = options.out or (None if options.quick else overhead.RESULTS / "recording-cpu.json")
+    pages.keep(document, out, "recording", "embeddings", figures)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,38 @@ def test_old_figures_are_replaced() -> None:
         pages.with_figures(page, "other", "new\n")
 
 
+def test_results_go_to_their_file_and_to_the_page_that_is_made_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = load("pages")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    page, text = tmp_path / "some.md", "<!-- figures of benchmarks/a.py -->\n<!-- end of the figures -->\n"
+    page.write_text(text, encoding="utf-8")
+
+    def keep(out: Path | None, number: int) -> None:
+        pages.keep({"number": number}, out, "a", "some", lambda document: f"{document['number']}\n")
+
+    keep(None, 1)
+    keep(tmp_path / "elsewhere" / "a-cpu.json", 2)
+    assert json.loads((tmp_path / "elsewhere" / "a-cpu.json").read_text(encoding="utf-8")) == {"number": 2}
+    assert page.read_text(encoding="utf-8") == text
+    keep(tmp_path / "results" / "a-cpu.json", 3)
+    assert json.loads((tmp_path / "results" / "a-cpu.json").read_text(encoding="utf-8")) == {"number": 3}
+    assert page.read_text(encoding="utf-8") == text.replace("<!-- end", "\n3\n\n<!-- end")
+
+
+def test_a_process_of_its_own_gives_the_numbers_of_its_last_line(tmp_path: Path) -> None:
+    overhead, script = load("overhead"), tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nprint('first')\nprint(sys.argv[1], os.environ['B'])\nsys.exit(int(sys.argv[2]))\n",
+        encoding="utf-8",
+    )
+    assert overhead.in_own_process(str(script), 3, 0, environment={"B": "4"}) == [3, 4]
+    with pytest.raises(SystemExit, match=r"script.py 3 5 ended with status 5"):
+        overhead.in_own_process(str(script), 3, 5, environment={"B": "4"})
+
+
 def test_a_small_run_of_the_index_has_all_figures(tmp_path: Path) -> None:
     index: Any = load("index")
     file = tmp_path / "index.json"

@@ -51,7 +51,7 @@ def every_method(data: digits_truth.Digits) -> dict[str, tuple[assay.Ledger, Ten
     """`[queries, rows]` of all that assay has, on the run of digits."""
     found = mnist.values(OPTIMIZER, data)
     exact, _ = found["adjoint, hessian"]
-    model, ledger = embeddings_mnist.record("AdamW", LR, data, "pca", 32)
+    model, ledger = embeddings_mnist.record("AdamW", LR, data, assay.Projection(32, "pca"))
     for curvature in ("fisher", "ggn"):
         embeddings = ledger.embeddings(curvature=curvature, blocks="all")
         found[f"embeddings, {curvature}"] = exact, embeddings.influence(model, data.queries, loss_fn)

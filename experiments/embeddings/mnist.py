@@ -73,14 +73,14 @@ def truth(name: str, lr: float, data: Digits, left_out: dict[str, list[Removal]]
     return Truth(left_out, dict(zip(KINDS, effects.split(REMOVALS, 1), strict=True)))
 
 
-def record(name: str, lr: float, data: Digits, kind: Any, rank: int) -> tuple[nn.Module, assay.Ledger]:
+def record(
+    name: str, lr: float, data: Digits, projection: assay.Projection
+) -> tuple[nn.Module, assay.Ledger]:
     """The run with its gradients recorded, the Gauss-Newton matrix as well."""
     model = network()
     optimizer = build(name, lr, model)
-    axes = assay.Target([data.images], loss_fn) if kind == "pca" else None
-    method = assay.DataValueEmbedding(
-        assay.Projection(rank=rank, kind=kind), axes=axes, curvature="ggn", draws="all", dtype="fp32"
-    )
+    axes = assay.Target([data.images], loss_fn) if projection.kind == "pca" else None
+    method = assay.DataValueEmbedding(projection, axes=axes, curvature="ggn", draws="all", dtype="fp32")
     with assay.Run(model, optimizer, methods=[method]) as run:
         for ids in data.order:
             with run.step(ids):
@@ -131,7 +131,7 @@ def dot(found: Embeddings, model: nn.Module, data: Digits, ledger: assay.Ledger)
 def judge_projected(judge: Judge, name: str, lr: float, data: Digits) -> None:
     """All forms of the embedding, by projection."""
     for kind, rank in PROJECTIONS if (name, lr) in ANCHORS else (PROJECTIONS[0], MAIN):
-        model, ledger = record(name, lr, data, kind, rank)
+        model, ledger = record(name, lr, data, assay.Projection(rank, kind))  # type: ignore[arg-type]
         momenta = (True, False) if name == "AdamW" else (False,)
         every = [(c, b, momenta[0]) for c in ("fisher", "ggn") for b in ("layer", "all")]
         every += [(c, "all", False) for c in ("fisher", "ggn")] if name == "AdamW" else []

@@ -22,7 +22,7 @@ from experiments.embeddings import gpt as text
 from experiments.embeddings import mnist
 from experiments.embeddings.common import spearman
 from experiments.paths.common import CONTEXT, adamw, loss_fn, mixture
-from experiments.truth.mnist import digits, network
+from experiments.truth.mnist import digits
 from experiments.truth.mnist import loss_fn as digits_loss
 
 TIMES = (None, 8, 4, 2)  # the support over the rank; None reads everything
@@ -64,7 +64,7 @@ def on_digits(name: str, lr: float) -> list[dict[str, Any]]:
             scores: dict[tuple[str, str, str], list[float]] = {}
             for projection in choices:
                 judge = mnist.Judge(data, truth, {})
-                model, ledger = _trained(name, lr, data, projection)
+                model, ledger = mnist.record(name, lr, data, projection)
                 for curvature, blocks in FORMS:
                     found = ledger.embeddings(2, curvature, blocks=blocks, momentum=name == "AdamW")  # type: ignore[arg-type]
                     judge.take(
@@ -82,20 +82,6 @@ def on_digits(name: str, lr: float) -> list[dict[str, Any]]:
                     {**what, "curvature": curvature, "blocks": blocks, "removal": removal, **summary(own)}
                 )
     return table
-
-
-def _trained(name: str, lr: float, data: Any, projection: assay.Projection) -> tuple[nn.Module, assay.Ledger]:
-    model = network()
-    optimizer = mnist.build(name, lr, model)
-    axes = assay.Target([data.images], digits_loss) if projection.kind == "pca" else None
-    method = assay.DataValueEmbedding(projection, axes=axes, curvature="ggn", draws="all", dtype="fp32")
-    with assay.Run(model, optimizer, methods=[method]) as run:
-        for ids in data.order:
-            with run.step(ids):
-                digits_loss(model, data.batch(ids)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-    return model, run.ledger
 
 
 # --- text ---

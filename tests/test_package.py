@@ -82,6 +82,17 @@ def test_the_interface_is_public() -> None:
         assert hasattr(assay, name)
 
 
+def test_every_decision_is_listed_by_its_name() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(
+        r"^- \[(\d{4})\]\((\S+)\) (.+)$", (folder / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    records = sorted(folder.glob("[0-9]*.md"))
+    assert [name for _, name, _ in listed] == [record.name for record in records]
+    for (number, _, title), record in zip(listed, records, strict=True):
+        assert record.read_text(encoding="utf-8").startswith(f"# {number}. {title}\n")
+
+
 def test_wheel_ships_everything_that_lies_in_the_package(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

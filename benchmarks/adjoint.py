@@ -1,12 +1,12 @@
 """What snapshots and the adjoint cost: time beside the training that they replay, and bytes beside what was planned.
 
 A GPT is trained with AdamW and clipping for some steps: plainly, and with snapshots; then its adjoint is taken for one
-target and for eight together. One round does all four, in an order that rotates, so that whatever else the machine
-does hits all of them alike; ratios are taken within a round, and the table gives medians and quartiles. Peak memory is
-measured in a process of its own, disk is that of the snapshots' files; both are set against what `assay plan` says of
-the same training.
+target. On a shorter training the adjoint of one target and of eight together. One round does all of a training's arms,
+in an order that rotates, so that whatever else the machine does hits all of them alike; ratios are taken within a
+round, and the table gives medians and quartiles. Peak memory is measured in a process of its own, disk is that of the
+snapshots' files; both are set against what `assay plan` says of the same training.
 
-    python benchmarks/adjoint.py            # the sizes of docs/adjoint.md, about seven minutes on two cores
+    python benchmarks/adjoint.py            # the sizes of docs/adjoint.md, about eight minutes on two cores
     python benchmarks/adjoint.py --quick    # one small model, nothing written
 """
 
@@ -46,6 +46,7 @@ SIZES = [Size(8, 128, 128, 4), Size(2, 128, 512, 1), Size(16, 16, 16, 1)]
 QUICK = [Size(4, 32, 32, 1)]
 TARGETS = 8
 ARMS = ("plain", "snapshots", "adjoint", "adjoint of 8")
+LONG, SHORT = ARMS[:3], (ARMS[0], *ARMS[2:])
 REPLAYS = {ARMS[2]: 1, ARMS[3]: TARGETS}
 
 
@@ -114,13 +115,16 @@ def arm(
     return {"plain": plain, "snapshots": snapshots}.get(kind, adjoint)
 
 
-def measure_time(problem: Problem, options: argparse.Namespace, folder: str) -> dict[str, list[float]]:
+def measure_time(
+    problem: Problem, kinds: Sequence[str], options: argparse.Namespace, folder: str
+) -> dict[str, list[float]]:
     """Seconds of each round by arm."""
     recorded = problem.recorded(f"{folder}/run")
-    arms = {kind: arm(problem, kind, recorded) for kind in ARMS}
-    result: dict[str, list[float]] = {kind: [] for kind in ARMS}
+    arms = {kind: arm(problem, kind, recorded) for kind in kinds}
+    result: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(options.warmup + options.rounds):
-        for kind in ARMS[number % len(ARMS) :] + ARMS[: number % len(ARMS)]:
+        first = number % len(kinds)
+        for kind in (*kinds[first:], *kinds[:first]):
             synchronize(problem.device)
             started = time.perf_counter()
             arms[kind]()
@@ -174,23 +178,32 @@ def planned(problem: Problem, steps: int, targets: int) -> plan.Work:
     return plan.adjoint(*described(problem, steps), targets)
 
 
+def over_plain(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratios within the rounds."""
+    plain = times[ARMS[0]]
+    return {
+        kind: summary([a / b for a, b in zip(taken, plain, strict=True)]) for kind, taken in times.items()
+    }
+
+
 def measure(size: Size, options: argparse.Namespace) -> dict[str, Any]:
     """Ratios, and bytes beside the plan."""
-    problem = Problem(size, options.steps, torch.device(options.device))
+    device = torch.device(options.device)
+    problem, short = (Problem(size, steps, device) for steps in (options.steps, options.short_steps))
     with tempfile.TemporaryDirectory() as folder:
-        times = measure_time(problem, options, folder)
+        times = measure_time(problem, LONG, options, folder)
         disk = sum(p.stat().st_size for p in (Path(folder) / "run" / "snapshots").iterdir())
+    with tempfile.TemporaryDirectory() as folder:
+        short_times = measure_time(short, SHORT, options, folder)
     trained = plan.training(*described(problem, options.steps))
+    eight, one = short_times[ARMS[3]], short_times[ARMS[2]]
     row: dict[str, Any] = {
         "size": size._asdict(),
         "parameters": sum(p.numel() for p in problem.fresh()[0].parameters()),
-        "steps": options.steps,
         "seconds": {kind: summary(taken) for kind, taken in times.items()},
-        "ratio": {
-            kind: summary([a / b for a, b in zip(taken, times["plain"], strict=True)])
-            for kind, taken in times.items()
-        },
-        "eight_over_one": summary([a / b for a, b in zip(times[ARMS[3]], times[ARMS[2]], strict=True)]),
+        "short_seconds": {kind: summary(taken) for kind, taken in short_times.items()},
+        "ratio": over_plain(times) | {ARMS[3]: over_plain(short_times)[ARMS[3]]},
+        "eight_over_one": summary([a / b for a, b in zip(eight, one, strict=True)]),
         "planned_ratio": {
             kind: planned(problem, options.steps, targets).operations / trained.operations
             for kind, targets in REPLAYS.items()
@@ -239,10 +252,10 @@ def figures(document: dict[str, Any]) -> str:
     """The results as Markdown."""
     machine, settings = document["machine"], document["settings"]
     lines = [
-        f"A GPT with AdamW and clipping, {settings['steps']} steps, over the time of the same training without "
-        f"snapshots; medians (quartiles) of {settings['rounds']} rounds on {machine['threads']} threads of a CPU, "
-        f"torch {machine['torch']}. The last size is overhead more than matrix products. In brackets "
-        "behind disk and memory: over what `assay plan` says.",
+        f"A GPT with AdamW and clipping, {settings['steps']} steps ({settings['short_steps']} for 8 targets and the "
+        "one beside them), over the time of the same training without snapshots; medians (quartiles) of "
+        f"{settings['rounds']} rounds on {machine['threads']} threads of a CPU, torch {machine['torch']}. The last "
+        "size is overhead more than matrix products. In brackets behind disk and memory: over what `assay plan` says.",
         "",
         "| batch × context × width × layers | with snapshots | adjoint, one target | by the plan | 8 targets | "
         "8 over 1 | disk, MB | peak memory, one target, MB |",
@@ -272,7 +285,10 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="adjoint", description=(__doc__ or "").split("\n")[0])
     result.add_argument("--quick", action="store_true", help="one small model; writes only to --out")
     result.add_argument("--size", type=Size.parse, action="append", metavar="BxTxD[xLAYERS]")
-    result.add_argument("--steps", type=int, help="of the training (40; 12 with --quick)")
+    result.add_argument("--steps", type=int, help="of the training (100; 12 with --quick)")
+    result.add_argument(
+        "--short-steps", type=int, default=12, help="of the training whose adjoint is taken for eight targets"
+    )
     result.add_argument(
         "--memory-steps", type=int, default=9, help="of the training whose memory is measured"
     )
@@ -290,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the results."""
     options = parser().parse_args(argv)
     options.rounds = options.rounds or (2 if options.quick else 3)
-    options.steps = options.steps or (12 if options.quick else 40)
+    options.steps = options.steps or (12 if options.quick else 100)
     if options.rounds < 2:
         parser().error("--rounds must be at least 2: quartiles need several")
     torch.set_num_threads(options.threads)
@@ -310,7 +326,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out
     if out is None and not options.quick:
         out = RESULTS / f"adjoint-{torch.device(options.device).type}.json"
-    settings = {name: getattr(options, name) for name in ("rounds", "warmup", "steps", "memory_steps")}
+    settings = {
+        name: getattr(options, name) for name in ("rounds", "warmup", "steps", "short_steps", "memory_steps")
+    }
     document = {"machine": machine(options), "settings": settings, "rows": rows}
     pages.keep(document, out, "adjoint", "adjoint", figures)
 

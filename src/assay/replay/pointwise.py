@@ -72,11 +72,10 @@ class _Slope(torch.autograd.Function):
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of GELU: f' = Φ + xφ,  f'' = φ (2 − x²)."""
-    square = x * x
-    density = (square * -0.5).exp_()
-    second = square.neg_().add_(2).mul_(density).mul_(1 / math.sqrt(2 * math.pi))
-    return torch.ops.aten.gelu_backward(x.new_ones(()).expand_as(x), x), second
+    """Of GELU: f' = Φ + xφ,  f'' = u φ with u = 2 − x² and φ = exp(u/2 − 1)/√2π."""
+    u = torch.addcmul(x.new_full((), 2.0), x, x, value=-1)
+    density = torch.add(x.new_full((), -1 - math.log(2 * math.pi) / 2), u, alpha=0.5).exp_()
+    return torch.ops.aten.gelu_backward(x.new_ones(()).expand_as(x), x), density.mul_(u)
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,96 +1,128 @@
-"""The forms of one layer's inner products, timed side by side, and the constants of the cost model that follow.
+"""The forms of one layer's inner products, side by side: what each adds to the plain weight-gradient product.
 
-For one linear layer with B samples of T positions, widths d → p and one target: the plain weight-gradient product,
-the batched form (per-sample gradients, summed and dotted) and the directional form (one more product). All three in
-turn, medians over rounds. The last lines fit the cost model's two constants by the medians of what each form adds.
+For one linear layer with B samples of T positions, widths d → p and one target: the plain product; the batched form
+with one sample's gradient after the other, in blocks that stay in the last cache, and all at once; and the directional
+form (one more product). One of each per round, in an order that rotates; ratios to the plain product are taken within
+a round; medians and quartiles. `assay bench calibrate` fits the cost model's constants to a machine in the same way.
 
-    python benchmarks/contractions.py           # about a minute; writes results/contractions-cpu.json
+    python benchmarks/contractions.py           # two minutes; writes the JSON and the figures of decision 0019
     python benchmarks/contractions.py --quick   # two small layers, nothing written
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
+from overhead import RESULTS, machine, summary
 
-from assay.capture.contraction import batched, cheapest, cost_model, per_sample_products
+from assay.capture.calibration import QUICK
+from assay.capture.contraction import SHIPPED, batched, per_sample_products
 from assay.capture.layout import Layout
 
-RESULTS = Path(__file__).parent / "results" / "contractions-cpu.json"
+PAGE = "decisions/0019-form-large-gradients-one-by-one"
 LAYERS = [  # B, T, d, p
-    (16, 256, 384, 384), (16, 256, 384, 1152), (16, 256, 384, 1536), (16, 256, 1536, 384),
-    (8, 512, 768, 3072), (16, 64, 384, 1536), (32, 16, 384, 384), (64, 1, 784, 512), (64, 4, 256, 256),
+    (16, 256, 384, 384), (16, 256, 384, 1152), (16, 256, 384, 1536), (16, 256, 1536, 384), (4, 512, 768, 3072),
+    (32, 64, 256, 1024), (32, 64, 256, 256), (16, 128, 128, 512), (64, 256, 64, 64), (128, 32, 128, 128),
 ]  # fmt: skip
-QUICK = [(4, 64, 64, 64), (64, 1, 64, 64)]
+WHOLE = 1 << 60  # bytes: no block is as large
+ALONE, BLOCKS, TOGETHER = "one by one", "blocks of 10 MiB", "all at once"
+FORMS = ("plain", ALONE, BLOCKS, TOGETHER, "directional")
 
 
 def forms(batch: int, positions: int, d: int, p: int) -> dict[str, Callable[[], Any]]:
     """The work of each form on random tensors."""
     a, b = torch.randn(batch, positions, d), torch.randn(batch, positions, p)
     directions, layout = torch.randn(1, p, d), Layout(0, batch)
-    flat_a, flat_b = a.view(-1, d), b.view(-1, p)
+    flat_a, flat_b, shipped = a.view(-1, d), b.view(-1, p), SHIPPED["cpu"]
+    costs = {
+        ALONE: replace(shipped, alone_bytes=1),
+        BLOCKS: replace(shipped, alone_bytes=WHOLE),
+        TOGETHER: replace(shipped, alone_bytes=WHOLE, block_bytes=WHOLE),
+    }
     return {
         "plain": lambda: flat_b.t() @ flat_a,
-        "batched": lambda: batched(a, b, directions, cost_model("cpu")),
+        **{name: partial(batched, a, b, directions, cost) for name, cost in costs.items()},
         "directional": lambda: (flat_b.t() @ flat_a, per_sample_products(a, b, layout, directions)),
     }
 
 
-def measure(layer: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
-    """Median seconds of each form, and the constants that they imply."""
+def measure(layer: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
+    """Ratios of each form to the plain product."""
     work = forms(*layer)
-    taken: dict[str, list[float]] = {name: [] for name in work}
-    for run in range(rounds + 2):
-        for name, body in work.items():
+    taken: dict[str, list[float]] = {name: [] for name in FORMS}
+    for body in work.values():
+        body()
+    began, number = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or number < 3:
+        first = number % len(FORMS)
+        for name in (*FORMS[first:], *FORMS[:first]):
             start = time.perf_counter()
-            body()
-            if run >= 2:
-                taken[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(times) for name, times in taken.items()}
-    batch, positions, d, p = layer
-    more = {name: max(seconds[name] - seconds["plain"], 0.0) for name in ("batched", "directional")}
+            work[name]()
+            taken[name].append(time.perf_counter() - start)
+        number += 1
+    _, _, d, p = layer
     return {
-        "batch": batch, "positions": positions, "d": d, "p": p, "seconds": seconds,
-        "per_entry": more["batched"] / (batch * p * d),
-        "per_flop": more["directional"] / (2 * batch * positions * p * d),
-        "cheaper": min(more, key=lambda name: more[name]),
-        "chosen": cheapest(batch, positions, p, d, 1),
-    }  # fmt: skip
+        "layer": list(layer),
+        "rounds": number,
+        "plain": summary(taken["plain"]),
+        "ratio": {
+            name: summary([x / y for x, y in zip(times, taken["plain"], strict=True)])
+            for name, times in taken.items()
+        },
+        "chosen": ALONE if SHIPPED["cpu"].forms_alone(p, d, 4) else BLOCKS,
+    }
 
 
-def main() -> None:
-    """Measure every layer, print, and write the JSON."""
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    options.add_argument("--quick", action="store_true")
-    options.add_argument("--threads", type=int, default=2)
-    chosen = options.parse_args()
-    torch.set_num_threads(chosen.threads)
+def figures(document: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    used = document["machine"]
+    lines = [
+        "Time over that of the plain weight-gradient product, medians (quartiles), on "
+        f"{used['threads']} threads of a CPU, torch {used['torch']}; in bold the form that is chosen.",
+        "",
+        "| B, T, d → p | a gradient, MiB | plain, ms | one by one | blocks of 10 MiB | all at once | directional |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["layers"]:
+        batch, positions, d, p = row["layer"]
+        cells = [
+            f"**{pages.spread(row['ratio'][name])}**"
+            if name == row["chosen"]
+            else pages.spread(row["ratio"][name])
+            for name in FORMS[1:]
+        ]
+        size, plain = f"{4 * d * p / 2**20:.2f}", f"{1e3 * row['plain']['median']:.2f}"
+        lines.append(f"| {batch}, {positions}, {d} → {p} | {size} | {plain} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every layer, print, and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=12.0, help="for each layer")
+    parser.add_argument("--out", type=Path, help="JSON file (results/contractions-cpu.json)")
+    options = parser.parse_args(argv)
+    options.device = "cpu"
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rows = [measure(layer, 3 if chosen.quick else 15) for layer in (QUICK if chosen.quick else LAYERS)]
-    for row in rows:
-        times = "  ".join(f"{name} {1e3 * seconds:8.2f} ms" for name, seconds in row["seconds"].items())
-        size = f"B {row['batch']} T {row['positions']} {row['d']}→{row['p']}"
-        print(f"{size:24s} {times}  cheaper: {row['cheaper']}, chosen: {row['chosen']}")
-    fitted = {key: statistics.median(row[key] for row in rows) for key in ("per_entry", "per_flop")}
-    print(f"cost model: {fitted}")
-    if not chosen.quick:
-        machine = {
-            "cores": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(
-            json.dumps({"machine": machine, "fitted": fitted, "layers": rows}, indent=1) + "\n"
-        )
+    rows = [
+        measure(layer, 0.2 if options.quick else options.seconds)
+        for layer in (QUICK if options.quick else LAYERS)
+    ]
+    document = {"machine": machine(options), "settings": {"seconds": options.seconds}, "layers": rows}
+    print(figures(document))
+    out = options.out if options.out or options.quick else RESULTS / "contractions-cpu.json"
+    pages.keep(document, out, "contractions", PAGE, figures)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ def load(script: str) -> ModuleType:
     return module
 
 
-PAGES = {"index": "influence", "adjoint": "adjoint", "recording": "embeddings", "embeddings": "embeddings"}
+PAGES = {
+    "index": "influence", "adjoint": "adjoint", "recording": "embeddings", "embeddings": "embeddings",
+    "contractions": "decisions/0019-form-large-gradients-one-by-one",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("script", "name"), PAGES.items())

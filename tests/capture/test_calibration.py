@@ -82,13 +82,24 @@ def test_a_device_that_is_not_there() -> None:
     assert result.exit_code != 0
 
 
+@pytest.mark.parametrize("alone", [1, 1 << 30])
 @pytest.mark.parametrize("block", [1, 3000, 1 << 30])
 @pytest.mark.parametrize("targets", [1, 3])
-def test_every_block_size_is_the_same_product(block: int, targets: int) -> None:
+def test_every_block_size_is_the_same_product(block: int, alone: int, targets: int) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     a, b, directions = draw(5, 7, 6), draw(5, 7, 4), draw(targets, 4, 6)
-    total, products = contraction.batched(a, b, directions, CostModel(block_bytes=block))
+    total, products = contraction.batched(a, b, directions, CostModel(block_bytes=block, alone_bytes=alone))
     each = torch.einsum("btp,btd->bpd", b, a)
     torch.testing.assert_close(total, each.sum(0))
     torch.testing.assert_close(products, torch.einsum("bpd,npd->nb", each, directions))
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "threads", "samples"), [(0, 2, 1), (5, 2, 4), (1, 2, 1), (2, 2, 2), (3, 4, 3), (9, 4, 8)]
+)
+def test_a_block_holds_as_many_samples_for_each_thread(
+    bytes_: int, threads: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert CostModel(block_bytes=bytes_ * 24).samples_per_block(2, 3, 4) == samples

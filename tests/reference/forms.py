@@ -25,6 +25,7 @@ def forced(form: str) -> Iterator[None]:
         samples = {"all samples at once": 1 << 20, "one sample at a time": 1, "two at a time": 2}.get(form)
         if samples is not None:
             patch.setattr(contraction.CostModel, "samples_per_block", lambda *sizes: samples)
+        patch.setattr(contraction.CostModel, "forms_alone", lambda *sizes: form == "one sample at a time")
         if form == "one sample at a time":
             patch.setattr(layer_norm, "BLOCK", 1)
         if form == "two at a time":

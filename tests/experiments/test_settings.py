@@ -50,7 +50,15 @@ def test_a_wrong_key_is_an_error(kind: type[Settings], tmp_path: Path, text: str
 
 @pytest.mark.parametrize("form", ["full", "quick", "tiny"])
 @pytest.mark.parametrize(
-    ("module", "kind"), [("pile", "PileSettings"), ("ladder", "LadderSettings"), ("cost", "CostSettings")]
+    ("module", "kind"),
+    [
+        ("mislabels", "MislabelSettings"),
+        ("fidelity", "FidelitySettings"),
+        ("effects", "EffectSettings"),
+        ("pile", "PileSettings"),
+        ("ladder", "LadderSettings"),
+        ("cost", "CostSettings"),
+    ],
 )
 def test_every_file_of_settings_is_understood(
     form: Any, module: str, kind: str, monkeypatch: pytest.MonkeyPatch

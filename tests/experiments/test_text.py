@@ -1,9 +1,7 @@
-"""The experiments on text: each by hand on what is small enough to see, and each once in its tiniest form."""
+"""The experiments on text: each by hand on what is small enough to see."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,57 +154,3 @@ def test_the_neighbour_of_a_verse_is_asked_but_not_trained_on() -> None:
             share = shared_words(query, text)
             assert in_web[query] == text
             assert share >= s.light if rung == "light" else share <= s.heavy
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Words in place of the sentence-embedding model, which takes seconds to load."""
-    from experiments.evidence import ladder
-
-    monkeypatch.setattr(ladder, "TextSimilarity", ladder.BM25)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@needs_data
-@pytest.mark.parametrize("name", ["curation", "composition", "ladder"])
-@pytest.mark.usefixtures("fast")
-def test_the_tiniest_form_runs_and_goes_on(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import importlib
-
-    from experiments.command import run_seeds_as_command
-    from experiments.evidence import composition, ladder, pile, text_page
-
-    module = importlib.import_module(f"experiments.evidence.{name}")
-    kind = ladder.LadderSettings if name == "ladder" else pile.PileSettings
-    monkeypatch.setattr("sys.argv", [name, "--tiny", "--cache", str(tmp_path)])
-    for _ in range(2):  # the second time everything is there
-        run_seeds_as_command(name, f"evidence.{name}", (kind, module.SETTINGS), module.one, module.summary)
-    found = json.loads((tmp_path / "tiny" / f"{name}.json").read_text(encoding="utf-8"))
-    assert found["table"]
-    assert found["seeds"] == [0]
-    assert found["command"] == f"python -m experiments.evidence.{name}"
-    text = text_page.SECTIONS[name](found)
-    assert text.startswith("## ")
-    assert "1 seed." in text
-    if name == "composition":
-        assert text_page.composition_plot(found).count("<polyline") == len(composition.PANELS) * 13
-
-
-@needs_data
-def test_a_method_is_measured_beside_a_plain_training() -> None:
-    from experiments.evidence.cost import SETTINGS, CostSettings, measure
-    from experiments.settings import read_settings
-
-    threads = torch.get_num_threads()
-    settings = read_settings(CostSettings, SETTINGS, "tiny")
-    rows = [measure(settings, name, seed=0) for name in ("in-run, trapezoid, one target", "BM25")]
-    torch.set_num_threads(threads)
-    assert [row["watches"] for row in rows] == [True, False]
-    for row in rows:
-        assert row["plain"] > 0
-        assert row["memory"] >= 0
-        assert row["seconds"] < row["process"]

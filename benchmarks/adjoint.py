@@ -22,6 +22,7 @@ from typing import Any
 import pages
 import torch
 from overhead import (
+    GIVES_BACK,
     RESULTS,
     VOCABULARY,
     Size,
@@ -160,7 +161,7 @@ def measure_memory(problem: Problem, options: argparse.Namespace, kind: str) -> 
     """`peak` in a process of its own."""
     (found,) = in_own_process(
         __file__, "--peak-of", kind, "--size", problem.size, "--device", options.device,
-        "--threads", options.threads, "--steps", options.memory_steps,
+        "--threads", options.threads, "--steps", options.memory_steps, environment=GIVES_BACK,
     )  # fmt: skip
     return found
 

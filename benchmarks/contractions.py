@@ -68,7 +68,6 @@ def measure(layer: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
             work[name]()
             taken[name].append(time.perf_counter() - start)
         number += 1
-    _, _, d, p = layer
     return {
         "layer": list(layer),
         "rounds": number,
@@ -77,7 +76,6 @@ def measure(layer: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
             name: summary([x / y for x, y in zip(times, taken["plain"], strict=True)])
             for name, times in taken.items()
         },
-        "chosen": ALONE if SHIPPED["cpu"].forms_alone(p, d, 4) else BLOCKS,
     }
 
 
@@ -93,10 +91,9 @@ def figures(document: dict[str, Any]) -> str:
     ]
     for row in document["layers"]:
         batch, positions, d, p = row["layer"]
+        chosen = ALONE if SHIPPED["cpu"].forms_alone(p, d, 4) else BLOCKS
         cells = [
-            f"**{pages.spread(row['ratio'][name])}**"
-            if name == row["chosen"]
-            else pages.spread(row["ratio"][name])
+            f"**{pages.spread(row['ratio'][name])}**" if name == chosen else pages.spread(row["ratio"][name])
             for name in FORMS[1:]
         ]
         size, plain = f"{4 * d * p / 2**20:.2f}", f"{1e3 * row['plain']['median']:.2f}"

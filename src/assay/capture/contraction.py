@@ -53,7 +53,7 @@ class CostModel:
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
     block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
-    alone_bytes: int = 512 << 10  # from this size on a sample's gradient is a block of its own
+    alone_bytes: int = 1 << 20  # from this size on a sample's gradient is a block of its own
     fused_per_entry: float = 1e-12  # a per-sample gradient entry dotted with a direction inside the kernel
     fused_per_flop: float = 1e-12  # by how much an operation of the kernel is slower than one of the GEMM
 

@@ -19,7 +19,7 @@ from assay.store.tensors import TensorFiles
 __all__ = ["Progress", "ProgressFiles"]
 
 STATE, VALUES = "adjoint", "values"
-SHARE = 0.05  # of the time that may go into writing; segments that end sooner are written with a later one
+SHARE = 0.02  # of the time that may go into writing; segments that end sooner are written with a later one
 
 
 @dataclass

@@ -51,7 +51,8 @@ class CostSettings(TextSettings):
     queries: int
     rank: int
     rounds: int
-    slopes: bool
+    more_documents: int  # so many times as many, for what one more costs; 1: not asked
+    more_queries: int
     methods: list[str] | None = None  # all, if left out
 
 
@@ -108,8 +109,11 @@ def task_of(
     settings: CostSettings, tokenizer: Tokenizer, seed: int, together: bool, documents: int, queries: int
 ) -> Task:
     """Documents, queries, and a training that begins anew."""
-    frame = pile().filter(pl.col("text").str.len_chars() > 200).sample(documents + queries, seed=seed)
-    texts, asked = frame["text"].to_list()[:documents], frame["text"].to_list()[documents:]
+    most = (settings.documents * settings.more_documents, settings.queries * settings.more_queries)
+    long = pile().filter(pl.col("text").str.len_chars() > 200)
+    drawn = long.sample(sum(most), seed=seed, shuffle=True)["text"].to_list()
+    # More of them are the same ones and others, so that a difference is what the others cost.
+    texts, asked = drawn[:documents], drawn[most[0] : most[0] + queries]
 
     def pair(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = make_batch(make_rows(range(len(texts)), tokenizer.encode(texts), settings.context, "cut"))
@@ -125,14 +129,26 @@ def task_of(
     return Task(row_losses, data, pair(asked), loop, together=together, texts=(texts, asked))
 
 
-def seconds_of(work: Callable[[], object], rounds: int) -> float:
-    """The median time of the processor, with one thread the wall time of an idle core, whatever runs beside it."""
-    found = []
-    for _ in range(rounds):
-        started = time.process_time()
-        work()
-        found.append(time.process_time() - started)
-    return median(found)
+def seconds_of(work: Callable[[], object]) -> float:
+    """Time of the processor, with one thread the wall time of an idle core, whatever runs beside it."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def slope(few: list[float], many: list[float], more: int) -> dict[str, float]:
+    """Seconds for one more, and the least and the most that any two rounds would say.
+
+    Args:
+        few: seconds of each round.
+        many: the same with `more` more.
+        more: how many.
+    """
+    return {
+        "seconds": (median(many) - median(few)) / more,
+        "low": (min(many) - max(few)) / more,
+        "high": (max(many) - min(few)) / more,
+    }
 
 
 def memory(name: str) -> float:
@@ -160,7 +176,7 @@ def measure(settings: CostSettings, name: str, seed: int) -> dict[str, Any]:
     base = task()
     if reason := unavailable(method, base):
         return {"method": name, "reason": reason, "process": time.process_time()}
-    plain = seconds_of(base.loop.train, settings.rounds)
+    base.loop.train()  # the first one also pays for what a process does once
     _ = base.trained
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     before = memory("VmRSS:")
@@ -170,18 +186,31 @@ def measure(settings: CostSettings, name: str, seed: int) -> dict[str, Any]:
         return {"method": name, "reason": str(error).splitlines()[0], "process": time.process_time()}
     peak = memory("VmHWM:") - before
 
-    def own(of: Task, rounds: int) -> float:
+    tasks = {"base": base}
+    if settings.more_documents > 1:
+        tasks["documents"] = task(documents=settings.more_documents)
+    if settings.more_queries > 1:
+        tasks["queries"] = task(queries=settings.more_queries)
+    plain: dict[str, list[float]] = {work: [] for work in tasks}
+    own: dict[str, list[float]] = {work: [] for work in tasks}
+    for of in tasks.values():
         _ = of.trained
-        spent = seconds_of(lambda: method.scores(of), rounds)
-        return spent - (seconds_of(of.loop.train, rounds) if measured.watches else 0.0)
+    for _ in range(settings.rounds):  # each round all of them: what slows the machine slows them alike
+        for work, of in tasks.items():
+            if measured.watches or work == "base":
+                plain[work].append(seconds_of(of.loop.train))
+            spent = seconds_of(partial(method.scores, of))
+            own[work].append(spent - (plain[work][-1] if measured.watches else 0.0))
 
-    seconds = own(base, settings.rounds)
     found = {"method": name, "watches": measured.watches, "together": measured.together}
-    found |= {"plain": plain, "seconds": seconds, "memory": peak}
-    if settings.slopes:
-        found["documents_slope"] = (own(task(documents=2), 1) - seconds) / settings.documents
-        found["queries_slope"] = (own(task(queries=2), 1) - seconds) / settings.queries
-    return found | {"process": time.process_time()}
+    found |= {"plain": median(plain["base"]), "seconds": median(own["base"]), "memory": peak}
+    for work, more in (
+        ("documents", (settings.more_documents - 1) * settings.documents),
+        ("queries", (settings.more_queries - 1) * settings.queries),
+    ):
+        if work in tasks:
+            found[f"one_of_{work}"] = slope(own["base"], own[work], more)
+    return found | {"rounds": own, "process": time.process_time()}
 
 
 def one(settings: CostSettings, seed: int, cache: Path) -> dict[str, Any]:
@@ -196,17 +225,19 @@ def one(settings: CostSettings, seed: int, cache: Path) -> dict[str, Any]:
     return {"rows": rows, "found_seconds": sum(row["process"] for row in rows)}
 
 
+def over_seeds(values: list[Any]) -> Any:
+    """The median of numbers over the seeds; of what has numbers inside, each number's; of the rest, the first."""
+    if isinstance(values[0], dict):
+        return {key: over_seeds([value[key] for value in values]) for key in values[0]}
+    return median(values) if isinstance(values[0], float) else values[0]
+
+
 def summary(settings: CostSettings, seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the seeds; what retraining costs follows from the plain training."""
-    table = []
-    for rows in zip(*(seed["rows"] for seed in seeds), strict=True):
-        first: dict[str, Any] = rows[0]
-        numbers = {
-            key: median([row[key] for row in rows])
-            for key, value in first.items()
-            if isinstance(value, float)
-        }
-        table.append(first | numbers)
+    table = [
+        over_seeds([{key: value for key, value in row.items() if key != "rounds"} for row in rows])
+        for rows in zip(*(seed["rows"] for seed in seeds), strict=True)
+    ]
     plain = median([row["plain"] for row in table if "plain" in row])
     return {"table": table, "plain": plain}
 

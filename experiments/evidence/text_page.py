@@ -261,6 +261,16 @@ def reproduced(rank: dict[str, float]) -> str:
     return up if values == sorted(values) else "the ranks do not go up the ladder rung by rung"
 
 
+def milliseconds(one: dict[str, float] | None) -> str:
+    """What one more costs with the range of it, or what it costs less than, where that is all the rounds say."""
+    if one is None:
+        return ""
+    if one["high"] <= 0:
+        return "below noise"
+    mean, low, high = (f"{float(f'{1000 * one[name]:.2g}'):,.10g}" for name in ("seconds", "low", "high"))
+    return f"{mean} ({low} to {high})" if one["low"] > 0 else f"< {high}"
+
+
 def cost(r: Result) -> str:
     """Seconds and memory beyond a training."""
     s, rows = r["settings"], []
@@ -268,10 +278,7 @@ def cost(r: Result) -> str:
         if "reason" in row:
             rows.append([row["method"], row["reason"], "", "", "", ""])
             continue
-        slopes = [
-            "" if row.get(name) is None else f"{1000 * row[name]:.1f}"
-            for name in ("documents_slope", "queries_slope")
-        ]
+        slopes = [milliseconds(row.get(f"one_of_{work}")) for work in ("documents", "queries")]
         rows.append(
             [
                 row["method"],
@@ -304,8 +311,10 @@ def cost(r: Result) -> str:
         "queries, one score for each, or one for all together (*one target*). Each method in a process of its own, one "
         f"thread, median of {s['rounds']} rounds. Seconds of the processor, *beyond* training for methods that "
         "watch one, and beyond a trained model for the others; their share of the training; the peak of memory "
-        "beyond what the process held (MiB); milliseconds for one more document and one more query. A training "
-        f"takes {r['plain']:.2f} s."
+        "beyond what the process held (MiB); milliseconds for one more document and one more query, from "
+        f"{s['more_documents']} times the documents and {s['more_queries']} times the queries, in brackets the least "
+        "and the most that any two of the rounds say, and a bound where that holds 0. A training takes "
+        f"{r['plain']:.2f} s."
     )
     head = ["method", "watches", "seconds", "of a training", "MiB", "ms / document", "ms / query"]
     return section(r, "What every method costs", what, head, rows, findings)

@@ -138,3 +138,5 @@ def test_cost(run: Callable[..., Result]) -> None:
         assert row["plain"] > 0
         assert row["memory"] >= 0
         assert row["seconds"] < row["process"]
+        one = row["one_of_queries"]
+        assert one["low"] <= one["seconds"] <= one["high"]

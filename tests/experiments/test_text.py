@@ -154,3 +154,16 @@ def test_the_neighbour_of_a_verse_is_asked_but_not_trained_on() -> None:
             share = shared_words(query, text)
             assert in_web[query] == text
             assert share >= s.light if rung == "light" else share <= s.heavy
+
+
+def test_what_one_more_costs_is_known_to_what_any_two_rounds_say() -> None:
+    from experiments.evidence.cost import slope
+    from experiments.evidence.text_page import milliseconds
+
+    found = slope([1.0, 1.2, 1.1], [3.1, 3.6, 3.0], more=10)
+    assert found == pytest.approx({"seconds": 0.2, "low": 0.18, "high": 0.26})
+    assert milliseconds(found) == "200 (180 to 260)"
+    assert milliseconds({"seconds": 2.8942, "low": 2.5, "high": 3.14}) == "2,900 (2,500 to 3,100)"
+    assert milliseconds(slope([1.0, 1.2], [1.1, 1.05], more=10)) == "< 10"
+    assert milliseconds(slope([1.0, 1.2], [0.9, 0.95], more=10)) == "below noise"
+    assert milliseconds(None) == ""

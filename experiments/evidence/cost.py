@@ -184,7 +184,7 @@ def measure(settings: CostSettings, name: str, seed: int) -> dict[str, Any]:
         method.scores(base)
     except AssayError as error:
         return {"method": name, "reason": str(error).splitlines()[0], "process": time.process_time()}
-    peak = memory("VmHWM:") - before
+    peak = max(memory("VmHWM:") - before, 0.0)  # what was free before may have gone back meanwhile
 
     tasks = {"base": base}
     if settings.more_documents > 1:

@@ -8,7 +8,8 @@ the first order over more samples, tokens and targets, with a least-squares line
 Beside the arms of the main size those of `peers.py`, where they are installed.
 
 One step of each arm per round, in an order that rotates; ratios are taken within a round, to the plain step of the same
-optimizer; medians and quartiles. Rounds end when their share of the time is spent.
+optimizer; medians and quartiles. Beside them the quickest step of an arm over the quickest plain one, which what else
+the machine does touches least. Rounds end when their share of the time is spent; the first order has rounds of its own.
 
     python benchmarks/performance.py            # about 8 minutes on two cores; JSON, docs/performance.md and its plot
     python benchmarks/performance.py --quick    # seconds, nothing written but to --out
@@ -40,8 +41,9 @@ from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size, Step, seconds, summa
 
 import assay
 
-ARMS = (
-    "plain", "pass", "assay", "assay left@4", "assay trapezoid", "assay simpson", "assay hessian",
+FIRST = ("plain", "pass", "assay", "assay left@4")
+FURTHER = (
+    "plain", "pass", "assay trapezoid", "assay simpson", "assay hessian",
     "record 16", "record 16:64", "record 64", "record 64:128", "direct", "func",
 )  # fmt: skip
 MAIN = Size(16, 256, 384, 2)
@@ -220,6 +222,7 @@ def timed(arms: dict[str, Step], options: Namespace, limit: float) -> dict[str, 
 def rows(taken: dict[str, list[float]], **what: Any) -> list[dict[str, Any]]:
     """One row per arm: seconds, ratio to the plain step, how far above the bare pass."""
     plain, bare = taken["plain"], taken["pass"]
+    quick = {name: min(found) for name, found in taken.items()}
     return [
         {
             **what,
@@ -228,6 +231,8 @@ def rows(taken: dict[str, list[float]], **what: Any) -> list[dict[str, Any]]:
             "seconds": summary(found),
             "ratio": summary([a / p for a, p in zip(found, plain, strict=True)]),
             "above_pass": summary([(a - v) / p for a, v, p in zip(found, bare, plain, strict=True)]),
+            "quickest": quick[name] / quick["plain"],
+            "quickest_above_pass": (quick[name] - quick["pass"]) / quick["plain"],
         }
         for name, found in taken.items()
     ]
@@ -277,12 +282,15 @@ def measure(options: Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     main = QUICK if options.quick else MAIN
     for optimizer in OPTIMIZERS:
-        arms = {kind: arm("gpt", main, optimizer, kind, options) for kind in ARMS}
+        what = {"table": "main", "family": "gpt", "size": main._asdict(), "optimizer": optimizer}
+        first = {kind: arm("gpt", main, optimizer, kind, options) for kind in FIRST}
+        found += rows(timed(first, options, 0.15 * options.seconds), **what)
+        arms = {kind: arm("gpt", main, optimizer, kind, options) for kind in FURTHER}
         arms |= {
             name: peers.arm(name, main, optimizer, torch.device(options.device)) for name in peers.installed()
         }
-        what = {"table": "main", "family": "gpt", "size": main._asdict(), "optimizer": optimizer}
-        found += rows(timed(arms, options, 0.3 * options.seconds), **what)
+        further = rows(timed(arms, options, 0.15 * options.seconds), **what)
+        found += [row for row in further if row["arm"] not in FIRST]
         print(f"{optimizer}: {time.perf_counter() - started:.0f} s", flush=True)
     for family, size in OTHERS[::3] if options.quick else OTHERS:
         size = QUICK if options.quick else size
@@ -305,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=400.0, help="about how long to measure, warm-up not counted"
     )
-    parser.add_argument("--rounds", type=int, default=20, help="of each arm at most")
+    parser.add_argument("--rounds", type=int, default=40, help="of each arm at most")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

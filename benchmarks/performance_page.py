@@ -28,9 +28,10 @@ HEAD = """# Performance
 
 What values cost beside a training step: a forward and backward pass, the optimizer's step. All arms of a table run in
 one process, one step of each per round in an order that rotates; a ratio is taken within a round, to the plain step of
-the same optimizer. Figures are medians, with quartiles in brackets. `python benchmarks/performance.py` makes this page
-anew; `assay bench overhead` measures sizes of your choice, with memory, and `assay bench calibrate` fits the choice
-between contractions to your machine.
+the same optimizer. Figures are medians, with quartiles in brackets, and behind the semicolon the same of the quickest
+steps, which what else the machine does touches least. `python benchmarks/performance.py` makes this page anew;
+`assay bench overhead` measures sizes of your choice, with memory, and `assay bench calibrate` fits the choice between
+contractions to your machine.
 
 The floor of the first order is the validation pass, one gradient of the target's loss per step; `refresh=k` takes it
 every k-th step only ([what the account then says](what-the-number-means.md)).
@@ -68,6 +69,13 @@ def spread(found: dict[str, float], sign: str = "") -> str:
     return f"{middle} ({low} to {high})"
 
 
+def with_quickest(row: dict[str, Any], above: bool = False) -> str:
+    """Median and quartiles of the ratio, or of what is above the bare pass, and the same of the quickest steps."""
+    key, sign = ("above_pass", "+") if above else ("ratio", "")
+    quickest = format(row["quickest_above_pass" if above else "quickest"], f"{sign}.2f")
+    return f"{spread(row[key], sign)}; {quickest}"
+
+
 def size_of(row: dict[str, Any]) -> str:
     """B, T, d and layers."""
     return "B {batch}, T {context}, d {width}, {layers} layers".format(**row["size"])
@@ -85,10 +93,8 @@ def main_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        ratios = [spread(found[o, arm]["ratio"]) if arm != "plain" else "1" for o in optimizers]
-        above = [
-            "" if arm in ("plain", "pass") else spread(found[o, arm]["above_pass"], "+") for o in optimizers
-        ]
+        ratios = [with_quickest(found[o, arm]) if arm != "plain" else "1" for o in optimizers]
+        above = ["" if arm in ("plain", "pass") else with_quickest(found[o, arm], True) for o in optimizers]
         lines.append([NAMES[arm], *ratios, *above])
     return table(head, lines)
 
@@ -111,8 +117,8 @@ def others_table(rows: Sequence[dict[str, Any]]) -> str:
         found = {row["arm"]: row for row in rows if (row["family"], size_of(row)) == key}
         first, direct = found["assay"], found["direct"]
         lines.append(
-            [key[0], key[1], spread(found["pass"]["ratio"]), spread(first["ratio"]), spread(first["above_pass"], "+"),
-             spread(direct["ratio"])]
+            [key[0], key[1], with_quickest(found["pass"]), with_quickest(first), with_quickest(first, True),
+             with_quickest(direct)]
         )  # fmt: skip
     head = ["blocks", "size", "bare pass", '`path="left"`', "above the bare pass", "one sample at a time"]
     return table(head, lines)

@@ -118,7 +118,7 @@ def test_quick(performance: Any, tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     document = json.loads(out.read_text())
     arms = {(row["optimizer"], row["arm"]) for row in document["rows"] if row["table"] == "main"}
-    named = {*performance.ARMS, *performance.peers.installed()}
+    named = {*performance.FIRST, *performance.FURTHER, *performance.peers.installed()}
     assert arms == {(o, a) for o in ("sgd", "adamw") for a in named}
     assert set(document["left_out"]) == {*performance.peers.left_out()}
     assert [found["along"] for found in document["slopes"]] == ["samples", "tokens", "targets"]

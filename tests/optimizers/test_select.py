@@ -157,10 +157,11 @@ def test_sparse_gradient() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1, 3])).sum().backward()
     model = model_of(SGD(embedding.parameters(), lr=0.1))
-    with pytest.raises(
-        CoverageError, match=r"parameter 0 of group 0 \(shape \(5, 2\)\) has a sparse gradient"
-    ):
-        model.split(embedding.weight)
+    for ask in (model.split, lambda weight: next(model.pieces(weight, 4))):
+        with pytest.raises(
+            CoverageError, match=r"parameter 0 of group 0 \(shape \(5, 2\)\) has a sparse gradient"
+        ):
+            ask(embedding.weight)
 
 
 def test_complex_parameter_is_called_by_its_name() -> None:

@@ -39,6 +39,32 @@ def assert_step_is_the_split(
         )
 
 
+@pytest.mark.parametrize("entries", [1, 4, 100])
+@pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.kind is not Adafactor])
+def test_pieces_put_together_are_the_split(name: str, entries: int) -> None:
+    params, optimizer = TABLE[name].build()
+    model = model_of(optimizer)
+    assert model.elementwise
+    for _ in gradients(params, steps=3):
+        for param in params:
+            if param.grad is None:
+                continue
+            whole, covered = model.split(param), 0
+            for part, parts in model.pieces(param, entries):
+                piece = parts.written()
+                for field in ("gain", "carried", "decayed"):
+                    expected = (
+                        torch.as_tensor(getattr(whole, field), dtype=param.dtype)
+                        .expand_as(param)
+                        .flatten()[part]
+                    )
+                    found = torch.as_tensor(getattr(piece, field), dtype=param.dtype).expand_as(expected)
+                    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-16)
+                covered += len(expected)
+            assert covered == param.numel()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "loop"), FORMS)
 def test_every_step_is_the_split(

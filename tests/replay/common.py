@@ -143,3 +143,18 @@ class Problem:
         """`[queries, places]`: −∂ loss after training / ∂ weight of one sample's term."""
         columns = [(self.losses({place: 1 - h}) - self.losses({place: 1 + h})) / (2 * h) for place in places]
         return torch.stack(columns, 1)
+
+
+class Cubed(torch.autograd.Function):
+    """An operation without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient

@@ -17,7 +17,7 @@ from assay.replay.curvature import Curvature
 from assay.replay.flat import Flat
 from assay.replay.graphs import Graphs
 from assay.snapshots import random_state
-from tests.replay.common import STEPS, Problem, loss_fn
+from tests.replay.common import STEPS, Cubed, Problem, loss_fn
 
 PROBLEMS = [
     Problem("sgd"),
@@ -99,6 +99,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Any
 }
 
 
+def trained(model: nn.Module, optimizer: Any, data: list[Any], loss: Callable[..., Tensor]) -> assay.Ledger:
+    """A run over `(ids, batch)`, one of them each step."""
+    with assay.Run(model, optimizer, snapshots=3) as run:
+        for ids, batch in data:
+            with run.step(ids):
+                loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return run.ledger
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_dropout_ties_and_convolutions(name: str, resumed: list[int]) -> None:
     make, draw, loss = MODELS[name]
@@ -108,15 +119,10 @@ def test_models_with_dropout_ties_and_convolutions(name: str, resumed: list[int]
     generator = torch.Generator().manual_seed(1)
     data = [([f"{t}-{i}" for i in range(3)], draw(generator)) for t in range(7)]
     query = draw(generator)
-    with assay.Run(model, optimizer, snapshots=3) as run:
-        for ids, batch in data:
-            with run.step(ids):
-                loss(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    ledger = trained(model, optimizer, data, loss)
 
     def values(graphs: int) -> Tensor:
-        return run.ledger.adjoint(model, optimizer, lambda t: [data[t]], loss, [query], graphs=graphs)
+        return ledger.adjoint(model, optimizer, lambda t: [data[t]], loss, [query], graphs=graphs)
 
     plain, kept = values(0), values(LARGE)
     assert resumed == [3] * 6
@@ -173,21 +179,6 @@ def test_a_kept_graph_survives_a_step_of_the_optimizer() -> None:
     assert torch.allclose(found.scores, truth.scores, rtol=1e-12, atol=1e-15)
 
 
-class Cubed(torch.autograd.Function):
-    """An operation without a second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * gradient
-
-
 class Sometimes(nn.Module):
     """Differentiable twice except for some inputs, which look like all others until they are differentiated."""
 
@@ -213,15 +204,10 @@ def test_a_kept_graph_without_a_second_derivative_is_done_without(resumed: list[
         x[0, 0] = 11.0 if step == 2 else 1.0
         data.append(([3 * step + row for row in range(3)], (x, torch.randint(3, (3,), generator=generator))))
     query = data[0][1]
-    with assay.Run(model, optimizer, snapshots=3) as run:
-        for ids, batch in data:
-            with run.step(ids):
-                loss_fn(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    ledger = trained(model, optimizer, data, loss_fn)
 
     def values() -> Tensor:
-        return run.ledger.adjoint(model, optimizer, lambda t: [data[t]], loss_fn, [query] * 2, graphs=LARGE)
+        return ledger.adjoint(model, optimizer, lambda t: [data[t]], loss_fn, [query] * 2, graphs=LARGE)
 
     with pytest.warns(assay.AssayWarning, match="cannot be differentiated twice") as warned:
         found = values()

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from replay.common import ROWS, STEPS, Batch, Problem, loss_fn
+from replay.common import ROWS, STEPS, Batch, Cubed, Problem, loss_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import assay
 from assay.errors import InputError, StoreError, UnsupportedOptimizerError
+from assay.replay import state
 
 PROBLEM = Problem("adamw", clip=0.4, decay=0.1, schedule=True)
 
@@ -194,19 +195,6 @@ class Final(nn.Module):
         return Cubed.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class Cubed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * gradient
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -318,6 +306,35 @@ def test_an_adjoint_that_was_killed_goes_on(tmp_path: Path) -> None:
     found = values(PROBLEM, ledger, progress=lambda n, of: done.append(n))
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-14)
     assert done == [7, 9]  # the steps before were done by the one that was killed
+
+
+def test_progress_that_is_not_due_is_written_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("assay.replay.state.time.monotonic", lambda: clock[0])
+    files = state.ProgressFiles(tmp_path, {}, torch.zeros(1))
+    assert files.files is not None
+    write = files.files.write
+
+    def slow(name: str, number: int, content: Any) -> int:
+        clock[0] += 1
+        return write(name, number, content)
+
+    monkeypatch.setattr(files.files, "write", slow)
+    progress = state.Progress(9, {"weights": torch.zeros(1, 2)}, {})
+    written = []
+    for step in range(8, 0, -1):
+        progress.step, progress.values[step] = step, torch.full((1, 1), float(step))
+        files.write(progress, [step])
+        found = files.read(torch.device("cpu"))
+        assert found is not None
+        assert sorted(found.values) == list(
+            range(found.step, 9)
+        )  # with those of the segments that were not due
+        written.append(found.step)
+        clock[0] += 30  # two seconds of writing are due after a hundred
+    assert written == [8, 8, 8, 8, 4, 4, 4, 4]
 
 
 def test_an_adjoint_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:

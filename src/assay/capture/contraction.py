@@ -258,12 +258,12 @@ def batched(
         if room is None
         else room.empty(shape, a.dtype, a.device)
     )
-    form = _one_by_one if alone else _block_by_block
+    form = _one_by_one if alone else _in_blocks
     form(a, b.mT, G, place, total, products)
     return total.view(p, d).to(a.dtype), products.t()
 
 
-def _block_by_block(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
+def _in_blocks(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
     """Fill `total` `[p·d]` and `products` `[B, targets]`."""
     batch, block = len(a), len(place)
     ones = total.new_ones(block)

@@ -161,12 +161,7 @@ class OptimizerModel(ABC):
         grad = param.grad if grad is None else grad
         if grad is None:
             return Split(0.0, 0.0, 0.0)
-        self._refuse_complex(param)
-        if grad.layout is not torch.strided:
-            raise CoverageError(
-                f"{self._name(param)} has a sparse gradient: build its embedding with sparse=False, "
-                "or exclude it"
-            )
+        self._refuse_what_has_no_split(param, grad)
         return self._parts(
             group, self._state(param), widened(param.detach()), widened(grad.detach())
         ).written()
@@ -178,11 +173,16 @@ class OptimizerModel(ABC):
         Only where ``elementwise``: entry by entry the same as :meth:`split`.
 
         Args:
-            param: A parameter of the optimizer whose ``.grad`` is dense.
+            param: A parameter of the optimizer that has a ``.grad``.
             entries: Of one piece.
+
+        Raises:
+            InputError: The parameter is in no group.
+            CoverageError: The gradient is sparse or complex.
         """
         group, state, shape = self._group(param), self._state(param), param.shape
         assert param.grad is not None
+        self._refuse_what_has_no_split(param, param.grad)
         w, g = param.detach().reshape(-1), param.grad.detach().reshape(-1)
         flat = {
             k: x.reshape(-1) if isinstance(x, Tensor) and x.shape == shape else x for k, x in state.items()
@@ -333,6 +333,14 @@ class OptimizerModel(ABC):
             return part * number(moves)
 
         return Parts(kept(split.gain), kept(split.carried), kept(split.decayed))
+
+    def _refuse_what_has_no_split(self, param: Tensor, grad: Tensor) -> None:
+        self._refuse_complex(param)
+        if grad.layout is not torch.strided:
+            raise CoverageError(
+                f"{self._name(param)} has a sparse gradient: build its embedding with sparse=False, "
+                "or exclude it"
+            )
 
     def _refuse_complex(self, param: Tensor) -> None:
         if param.is_complex():

@@ -85,10 +85,11 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize("alone", [1, 1 << 30])
 @pytest.mark.parametrize("block", [1, 3000, 1 << 30])
 @pytest.mark.parametrize("targets", [1, 3])
-def test_every_block_size_is_the_same_product(block: int, alone: int, targets: int) -> None:
+@pytest.mark.parametrize(("p", "d"), [(4, 6), (6, 4)])
+def test_every_block_size_is_the_same_product(block: int, alone: int, targets: int, p: int, d: int) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    a, b, directions = draw(5, 7, 6), draw(5, 7, 4), draw(targets, 4, 6)
+    a, b, directions = draw(5, 7, d), draw(5, 7, p), draw(targets, p, d)
     total, products = contraction.batched(a, b, directions, CostModel(block_bytes=block, alone_bytes=alone))
     each = torch.einsum("btp,btd->bpd", b, a)
     torch.testing.assert_close(total, each.sum(0))

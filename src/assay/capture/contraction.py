@@ -53,7 +53,7 @@ class CostModel:
         256 << 20
     )  # per-sample gradients of one layer that may be kept where a pair would be smaller
     block_bytes: int = 10 << 20  # per-sample gradients of one block: a few samples, within the last cache
-    alone_bytes: int = 1 << 20  # from this size on a sample's gradient is a block of its own
+    alone_bytes: int = 1 << 19  # from this size on a sample's gradient is a block of its own
     fused_per_entry: float = 1e-12  # a per-sample gradient entry dotted with a direction inside the kernel
     fused_per_flop: float = 1e-12  # by how much an operation of the kernel is slower than one of the GEMM
 
@@ -235,8 +235,9 @@ def batched(
     """Blocks of per-sample gradients, summed and dotted before the next block is formed.
 
     Large gradients are formed one by one: plain products, sums and dots of one matrix share their work out to the
-    threads evenly, where a batched product hands each thread whole matrices and waits for the slowest. Small ones are
-    formed in as few blocks as the cache allows (benchmarks/contractions.py).
+    threads evenly, where a batched product hands each thread whole matrices and waits for the slowest. Their longer
+    side becomes the rows, which the threads share more evenly than columns. Small ones are formed in as few blocks as
+    the cache allows (benchmarks/contractions.py).
 
     Args:
         a: `[B, T, d]`.
@@ -246,11 +247,14 @@ def batched(
         room: what memory is taken from.
     """
     batch, d, p = a.shape[0], a.shape[2], b.shape[2]
+    alone = cost.forms_alone(p, d, a.element_size())
+    if alone and p < d:
+        total, products = batched(b, a, directions.mT, cost, room)
+        return total.mT, products
     wide = torch.promote_types(a.dtype, torch.float32)
     G = directions.reshape(-1, p * d).to(wide)  # [targets, p·d]
     total = torch.zeros(p * d, dtype=wide, device=a.device)
     products = torch.empty(batch, G.shape[0], dtype=wide, device=a.device)
-    alone = cost.forms_alone(p, d, a.element_size())
     block = 1 if alone else min(batch, cost.samples_per_block(p, d, a.element_size()))
     shape = (block, p, d)
     place = (
@@ -280,10 +284,13 @@ def _in_blocks(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, p
 
 def _one_by_one(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
     """The same for gradients so large that three calls for each cost nothing beside it."""
-    for i in range(len(a)):
-        g = torch.mm(bt[i], a[i], out=place[0]).view(-1).to(G.dtype)
-        total.add_(g)
+    g, G0 = place[0], G[0]
+    flat = g.view(-1)
+    for x, yt, product in zip(a.unbind(), bt.unbind(), products.unbind(), strict=True):
+        torch.mm(yt, x, out=g)
+        wide = flat.to(G.dtype)
+        total.add_(wide)
         if len(G) == 1:
-            torch.dot(g, G[0], out=products[i, 0])
+            torch.dot(wide, G0, out=product[0])
         else:
-            torch.mv(G, g, out=products[i])
+            torch.mv(G, wide, out=product)

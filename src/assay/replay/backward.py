@@ -170,25 +170,23 @@ class Backward:
         """
         forward = self.forward
         forward.flat.put(stash.weights)
-        received = forward.clipping(stash.gradient)
-        of_received = torch.zeros_like(adjoints[WEIGHTS])
+        scale = forward.clipping.scale(stash.norm)
+        of_received = forward.flat.empty(len(adjoints[WEIGHTS]), adjoints[WEIGHTS].dtype)
         for span in stash.spans:
             if not span.active:
+                of_received[:, span.start : span.stop] = 0
                 continue
             for where in _blocks(span, adjoints[WEIGHTS]):
-                before, of_g = forward.adjoint.pull(
+                of_received[:, where] = forward.adjoint.pull(
                     stash.record.groups[span.group],
                     span.count,
                     {WEIGHTS: stash.weights[where]} | {n: x[where] for n, x in stash.buffers.items()},
-                    received[where],
+                    scale * stash.gradient[where],
                     {n: x[:, where] for n, x in adjoints.items()},
                 )
-                of_received[:, where] = of_g
-                for name, x in before.items():
-                    adjoints[name][:, where] = x
-        of_g = forward.clipping.pull(stash.gradient, of_received)
+        of_g = forward.clipping.pull(stash.gradient, stash.norm, of_received)
         if stash.share != 1:
-            of_g = stash.share * of_g
+            of_g = of_g.mul_(stash.share)
         values, losses = [], []
         for (ids, batch), random in zip(stash.batches, stash.record.random, strict=True):
             taken = stash.taken.pop(0) if stash.taken else None

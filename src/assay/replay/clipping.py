@@ -31,34 +31,38 @@ class Clipping:
         factor: a constant that multiplies every gradient before that.
 
     Example:
-        >>> Clipping(1.0)(torch.tensor([3.0, 4.0]))
+        >>> g = torch.tensor([3.0, 4.0])
+        >>> Clipping(1.0).scale(g.norm()) * g
         tensor([0.6000, 0.8000])
-        >>> Clipping(1.0).pull(torch.tensor([3.0, 4.0]), torch.tensor([[4.0, -3.0], [3.0, 4.0]]))[0]
+        >>> Clipping(1.0).pull(g, g.norm(), torch.tensor([[4.0, -3.0], [3.0, 4.0]]))[0]
         tensor([ 0.8000, -0.6000])
     """
 
     largest: float | None = None
     factor: float = 1.0
 
-    def __call__(self, g: Tensor) -> Tensor:
-        """The gradient `[n]` as the optimizer receives it."""
-        g = self.factor * g if self.factor != 1 else g
+    def scale(self, norm: Tensor) -> Tensor:
+        """By which a gradient of that norm is multiplied before the optimizer receives it; 0-dim."""
         if self.largest is None:
-            return g
-        c: Tensor = (self.largest / (g.norm() + EPSILON)).clamp(max=1.0)
-        return c * g
+            return torch.full_like(norm, self.factor)
+        n = abs(self.factor) * norm
+        return self.factor * (self.largest / (n + EPSILON)).clamp(max=1.0)
 
-    def pull(self, g: Tensor, of_clipped: Tensor) -> Tensor:
-        """`[queries, n]`: the adjoint of g `[n]` from that of what the optimizer received."""
-        g = self.factor * g if self.factor != 1 else g
-        result = of_clipped
+    def pull(self, g: Tensor, norm: Tensor, of_received: Tensor) -> Tensor:
+        """The adjoint of the gradient from that of what the optimizer received, in its place.
+
+        Args:
+            g: `[n]`, the gradient before clipping; nothing reads it where nothing is clipped.
+            norm: of it, 0-dim.
+            of_received: `[queries, n]`.
+        """
         if self.largest is not None:
-            n = g.norm()
+            n = abs(self.factor) * norm  # of g' = factor · g, which is what is clipped
             c = self.largest / (n + EPSILON)
-            turned = c / ((n + EPSILON) * n) * (of_clipped @ g)  # [queries]
-            turned = torch.where(c < 1, turned, 0.0)  # 0 · g, whatever n is
-            result = (of_clipped * c.clamp(max=1.0)).addr_(turned, g, alpha=-1)
-        return self.factor * result if self.factor != 1 else result
+            turned = c / ((n + EPSILON) * n) * self.factor * (of_received @ g)  # [queries]
+            turned = torch.where(c < 1, turned, 0.0)  # 0 · g', whatever n is
+            of_received.mul_(c.clamp(max=1.0)).addr_(turned.to(g.dtype), g, alpha=-self.factor)
+        return of_received.mul_(self.factor) if self.factor != 1 else of_received
 
 
 def recorded_clipping(records: Iterable[StepRecord], tolerance: float) -> Clipping:

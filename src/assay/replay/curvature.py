@@ -274,6 +274,7 @@ class Curvature:
         ]
         return [
             None if all(x is None for x in column)
+            else column[0][None] if queries == 1
             else torch.stack([torch.zeros_like(p) if x is None else x for x in column])
             for p, column in zip(inputs, zip(*each, strict=True), strict=True)
         ]  # fmt: skip

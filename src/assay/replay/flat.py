@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from assay.capture.room import Room
 from assay.errors import InputError
 
 __all__ = ["Flat", "Span"]
@@ -62,6 +64,7 @@ class Flat:
         self.names = [names[p] for p in self.params]
         self.sizes = [p.numel() for p in self.params]
         self.total = sum(self.sizes)
+        self._room = Room()
 
     def join(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """`[P]`: copies of tensors of the parameters' shapes, end to end; zeros for None."""
@@ -69,7 +72,7 @@ class Flat:
             p.new_zeros(p.numel()) if x is None else x.detach().reshape(-1)
             for p, x in zip(self.params, tensors, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, out=self._empty([self.total], parts))
 
     def join_rows(self, tensors: Sequence[Tensor | None], rows: int) -> Tensor:
         """`[rows, P]` from tensors `[rows, *shape]`."""
@@ -77,7 +80,15 @@ class Flat:
             p.new_zeros(rows, p.numel()) if x is None else x.detach().reshape(rows, -1)
             for p, x in zip(self.params, tensors, strict=True)
         ]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1, out=self._empty([rows, self.total], parts))
+
+    def empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, P]`, not filled: memory that is used again from step to step."""
+        return self._room.empty([rows, self.total], dtype, self.params[0].device)
+
+    def _empty(self, shape: list[int], parts: Sequence[Tensor]) -> Tensor:
+        dtype = reduce(torch.promote_types, (x.dtype for x in parts))
+        return self._room.empty(shape, dtype, self.params[0].device)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Views `[rows, *shape]` of `[rows, P]`."""

@@ -42,6 +42,7 @@ class Stash:
         weights: `[P]` before the step.
         buffers: of the optimizer, `[P]` each, before the step.
         gradient: `[P]`, before clipping; empty where nothing reads it.
+        norm: of it, 0-dim.
         losses: `[micro-batches]`.
         spans: how the step treats the entries.
         taken: the micro-batches' gradients with their graphs, where they are kept.
@@ -53,6 +54,7 @@ class Stash:
     weights: Tensor
     buffers: dict[str, Tensor]
     gradient: Tensor
+    norm: Tensor
     losses: Tensor
     spans: list[Span]
     taken: list[Taken]
@@ -192,14 +194,15 @@ class Forward:
             self._divided = share != 1
         if share != 1:
             torch._foreach_mul_([p.grad for p in self.flat.params if p.grad is not None], share)
-        stash = self._stash(record, batches, share, torch.stack(losses), taken) if keep else None
+            norm = share * norm
+        stash = self._stash(record, batches, share, norm, torch.stack(losses), taken) if keep else None
         gradients = [p.grad for p in self.flat.params if p.grad is not None]
         if self.clipping.factor != 1:
             torch._foreach_mul_(gradients, self.clipping.factor)
         if self.clipping.largest is not None:
             clip_grad_norm_(self.flat.params, self.clipping.largest)
         if factors is None:
-            self.check.received(record, _norm(self.flat), drew)
+            self.check.received(record, norm * self.clipping.scale(norm).abs(), drew)
         self.optimizer.step()
         return stash
 
@@ -214,13 +217,28 @@ class Forward:
         return batches
 
     def _stash(
-        self, record: StepRecord, batches: MicroBatches, share: float, losses: Tensor, taken: list[Taken]
+        self,
+        record: StepRecord,
+        batches: MicroBatches,
+        share: float,
+        norm: Tensor,
+        losses: Tensor,
+        taken: list[Taken],
     ) -> Stash:
         reads = self.adjoint.reads_gradient or self.clipping.largest is not None
         gradient = self.flat.gradients() if reads else losses.new_zeros(0)
         buffers = {name: self.flat.buffer(name) for name in self.adjoint.reads}
         return Stash(
-            record, batches, share, self.flat.weights(), buffers, gradient, losses, self.flat.spans(), taken
+            record,
+            batches,
+            share,
+            self.flat.weights(),
+            buffers,
+            gradient,
+            norm,
+            losses,
+            self.flat.spans(),
+            taken,
         )
 
     def _set_options(self, record: StepRecord) -> None:

@@ -34,12 +34,12 @@ class AdamAdjoint(OptimizerAdjoint):
     decoupled: ClassVar[bool] = False
 
     def pull(
-        self, options: Mapping[str, Any], count: int, before: Vectors, g: Tensor, after: Vectors
-    ) -> tuple[Vectors, Tensor]:
+        self, options: Mapping[str, Any], count: int, before: Vectors, g: Tensor, adjoints: Vectors
+    ) -> Tensor:
         """One step backwards."""
         lr, (beta1, beta2), decay = options["lr"], options["betas"], options["weight_decay"]
         decoupled = options.get("decoupled_weight_decay", self.decoupled)
-        of_w = after[WEIGHTS]
+        of_w, mu, nu = adjoints[WEIGHTS], adjoints["exp_avg"], adjoints["exp_avg_sq"]
         g = -g if options["maximize"] else g
         if decay and not decoupled:
             g = g + decay * before[WEIGHTS]
@@ -48,23 +48,26 @@ class AdamAdjoint(OptimizerAdjoint):
         c1, c2 = 1 - beta1**count, 1 - beta2**count
         s = (self._largest(before, v) / c2).sqrt_()
         D = s + options["eps"]
-        mu = torch.addcdiv(after["exp_avg"], of_w, D, value=-lr / c1)
+        mu.addcdiv_(of_w, D, value=-lr / c1)
         # lr (m/c1) / (2 c2 s D²), each factor of moderate size
         bend = m.div_(D).div_(D.mul_(s)).mul_(lr / (2 * c1 * c2)).masked_fill_(s == 0, 0.0)
-        result, nu = self._second(before, v, of_w * bend, after)
-        of_g = ((1 - beta1) * mu).addcmul_(nu, g, value=2 * (1 - beta2))
-        if decay:
-            of_w = (1 - lr * decay) * of_w if decoupled else of_w + decay * of_g
-        result |= {WEIGHTS: of_w, "exp_avg": mu.mul_(beta1), "exp_avg_sq": nu.mul_(beta2)}
-        return result, of_g.neg_() if options["maximize"] else of_g
+        self._second(before, v, bend, adjoints)
+        of_g: Tensor = ((1 - beta1) * mu).addcmul_(nu, g, value=2 * (1 - beta2))
+        if decay and decoupled:
+            of_w.mul_(1 - lr * decay)
+        elif decay:
+            of_w.add_(of_g, alpha=decay)
+        mu.mul_(beta1)
+        nu.mul_(beta2)
+        return of_g.neg_() if options["maximize"] else of_g
 
     def _largest(self, before: Vectors, v: Tensor) -> Tensor:
         """The second moment that the denominator takes."""
         return v
 
-    def _second(self, before: Vectors, v: Tensor, bent: Tensor, after: Vectors) -> tuple[Vectors, Tensor]:
-        """ν, and the adjoints of further buffers."""
-        return {}, after["exp_avg_sq"] + bent
+    def _second(self, before: Vectors, v: Tensor, bend: Tensor, adjoints: Vectors) -> None:
+        """ν in the place of λ_v, and the adjoints of further buffers."""
+        adjoints["exp_avg_sq"].addcmul_(adjoints[WEIGHTS], bend)
 
 
 class AdamWAdjoint(AdamAdjoint):
@@ -82,10 +85,11 @@ class AMSGradAdjoint(AdamAdjoint):
     def _largest(self, before: Vectors, v: Tensor) -> Tensor:
         return torch.maximum(before["max_exp_avg_sq"], v)
 
-    def _second(self, before: Vectors, v: Tensor, bent: Tensor, after: Vectors) -> tuple[Vectors, Tensor]:
-        of_largest = after["max_exp_avg_sq"] + bent
+    def _second(self, before: Vectors, v: Tensor, bend: Tensor, adjoints: Vectors) -> None:
+        of_largest = adjoints["max_exp_avg_sq"].addcmul_(adjoints[WEIGHTS], bend)
         new = v >= before["max_exp_avg_sq"]
-        return {"max_exp_avg_sq": of_largest * ~new}, after["exp_avg_sq"] + of_largest * new
+        adjoints["exp_avg_sq"].add_(of_largest * new)
+        of_largest.masked_fill_(new, 0.0)
 
 
 class AMSGradWAdjoint(AMSGradAdjoint):

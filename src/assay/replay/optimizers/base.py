@@ -33,8 +33,8 @@ class OptimizerAdjoint(ABC):
 
     @abstractmethod
     def pull(
-        self, options: Mapping[str, Any], count: int, before: Vectors, g: Tensor, after: Vectors
-    ) -> tuple[Vectors, Tensor]:
+        self, options: Mapping[str, Any], count: int, before: Vectors, g: Tensor, adjoints: Vectors
+    ) -> Tensor:
         """One step backwards, the gradient's own dependence on the weights left out.
 
         Args:
@@ -42,8 +42,9 @@ class OptimizerAdjoint(ABC):
             count: number of the step in the optimizer's own count, from 1.
             before: weights and the buffers of `reads`, `[n]`, before the step.
             g: gradient that the step received, `[n]`.
-            after: adjoints behind the step, `[queries, n]`: weights and `buffers`.
+            adjoints: of the weights and of `buffers`, `[queries, n]`: those behind the step, which become those
+                before it in their place.
 
         Returns:
-            The adjoints before the step, and λ_g, that of the gradient, `[queries, n]`.
+            λ_g, the adjoint of the gradient, `[queries, n]`.
         """

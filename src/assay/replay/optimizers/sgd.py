@@ -27,19 +27,19 @@ class SGDAdjoint(OptimizerAdjoint):
     buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def pull(
-        self, options: Mapping[str, Any], count: int, before: Vectors, g: Tensor, after: Vectors
-    ) -> tuple[Vectors, Tensor]:
+        self, options: Mapping[str, Any], count: int, before: Vectors, g: Tensor, adjoints: Vectors
+    ) -> Tensor:
         """One step backwards."""
         mu, first = options["momentum"], count == 1
-        of_w, of_b = after[WEIGHTS], after["momentum_buffer"]
+        of_w, of_b = adjoints[WEIGHTS], adjoints["momentum_buffer"]
         of_u = -options["lr"] * of_w
         if mu:
-            of_b = of_b + (mu * of_u if options["nesterov"] else of_u)
-            of_g = of_b if first else (1 - options["dampening"]) * of_b
-            of_g = of_g + of_u if options["nesterov"] else of_g
-            of_b = of_b * (0.0 if first else mu)
+            of_b.add_(of_u, alpha=mu if options["nesterov"] else 1)
+            of_g = (1.0 if first else 1 - options["dampening"]) * of_b
+            of_g = of_g.add_(of_u) if options["nesterov"] else of_g
+            of_b.mul_(0.0 if first else mu)
         else:
             of_g = of_u
         if options["weight_decay"]:
-            of_w = of_w + options["weight_decay"] * of_g
-        return {WEIGHTS: of_w, "momentum_buffer": of_b}, -of_g if options["maximize"] else of_g
+            of_w.add_(of_g, alpha=options["weight_decay"])
+        return of_g.neg_() if options["maximize"] else of_g

@@ -67,7 +67,7 @@ class Check:
                     f"gives {_at(own, at)}: the data come in another order; repeat the loader's seed and its shuffling."
                 )
 
-    def share(self, record: StepRecord, norm: Tensor, drew: bool) -> float:
+    def share(self, record: StepRecord, norm: float, drew: bool) -> float:
         """By which the micro-batches' losses were multiplied: 1, or one over their number.
 
         Args:
@@ -79,18 +79,18 @@ class Check:
             InputError: the gradient is neither that of the run nor that divided.
         """
         expected = record.norm / max(record.scales[0], 1e-300)
-        ratio = expected / max(float(norm), 1e-300)
+        ratio = expected / max(norm, 1e-300)
         share = min((1.0, 1 / len(record.ids)), key=lambda share: abs(ratio - share))
-        self._compare(record, share * float(norm), expected, drew)
+        self._compare(record, share * norm, expected, drew)
         return share
 
-    def received(self, record: StepRecord, norm: Tensor, drew: bool) -> None:
+    def received(self, record: StepRecord, norm: float, drew: bool) -> None:
         """The gradient that the optimizer is about to receive has the run's norm, after clipping too.
 
         Raises:
             InputError: it has not; names the step and the likely cause.
         """
-        self._compare(record, float(norm), record.norm, drew)
+        self._compare(record, norm, record.norm, drew)
 
     def _compare(self, record: StepRecord, found: float, expected: float, drew: bool) -> None:
         allowed = self.tolerance * (1 if record.step == self._first else GROWN)

@@ -32,37 +32,35 @@ class Clipping:
 
     Example:
         >>> g = torch.tensor([3.0, 4.0])
-        >>> Clipping(1.0).scale(g.norm()) * g
+        >>> Clipping(1.0).scale(5.0) * g
         tensor([0.6000, 0.8000])
-        >>> Clipping(1.0).pull(g, g.norm(), torch.tensor([[4.0, -3.0], [3.0, 4.0]]))[0]
+        >>> Clipping(1.0).pull(g, 5.0, torch.tensor([[4.0, -3.0], [3.0, 4.0]]))[0]
         tensor([ 0.8000, -0.6000])
     """
 
     largest: float | None = None
     factor: float = 1.0
 
-    def scale(self, norm: Tensor) -> Tensor:
-        """By which a gradient of that norm is multiplied before the optimizer receives it; 0-dim."""
+    def scale(self, norm: float) -> float:
+        """By which a gradient of that norm is multiplied before the optimizer receives it."""
         if self.largest is None:
-            return torch.full_like(norm, self.factor)
-        n = abs(self.factor) * norm
-        return self.factor * (self.largest / (n + EPSILON)).clamp(max=1.0)
+            return self.factor
+        return self.factor * min(self.largest / (abs(self.factor) * norm + EPSILON), 1.0)
 
-    def pull(self, g: Tensor, norm: Tensor, of_received: Tensor) -> Tensor:
+    def pull(self, g: Tensor, norm: float, of_received: Tensor) -> Tensor:
         """The adjoint of the gradient from that of what the optimizer received, in its place.
 
         Args:
             g: `[n]`, the gradient before clipping; nothing reads it where nothing is clipped.
-            norm: of it, 0-dim.
+            norm: of it.
             of_received: `[queries, n]`.
         """
-        if self.largest is not None:
-            n = abs(self.factor) * norm  # of g' = factor · g, which is what is clipped
-            c = self.largest / (n + EPSILON)
-            turned = c / ((n + EPSILON) * n) * self.factor * (of_received @ g)  # [queries]
-            turned = torch.where(c < 1, turned, 0.0)  # 0 · g', whatever n is
-            of_received.mul_(c.clamp(max=1.0)).addr_(turned.to(g.dtype), g, alpha=-self.factor)
-        return of_received.mul_(self.factor) if self.factor != 1 else of_received
+        scale = self.scale(norm)
+        if scale == self.factor or not norm:  # not clipped
+            return of_received.mul_(scale) if scale != 1 else of_received
+        n = abs(self.factor) * norm  # of g' = factor · g, which is what is clipped, by c = scale / factor
+        turned = of_received @ g  # [queries]
+        return of_received.addr_(turned, g, beta=scale, alpha=-scale * self.factor**2 / ((n + EPSILON) * n))
 
 
 def recorded_clipping(records: Iterable[StepRecord], tolerance: float) -> Clipping:

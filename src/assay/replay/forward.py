@@ -42,7 +42,7 @@ class Stash:
         weights: `[P]` before the step.
         buffers: of the optimizer, `[P]` each, before the step.
         gradient: `[P]`, before clipping; empty where nothing reads it.
-        norm: of it, 0-dim.
+        norm: of it.
         losses: `[micro-batches]`.
         spans: how the step treats the entries.
         taken: the micro-batches' gradients with their graphs, where they are kept.
@@ -54,7 +54,7 @@ class Stash:
     weights: Tensor
     buffers: dict[str, Tensor]
     gradient: Tensor
-    norm: Tensor
+    norm: float
     losses: Tensor
     spans: list[Span]
     taken: list[Taken]
@@ -186,7 +186,7 @@ class Forward:
         if graphs is not None:
             graphs.note(taken)
         self._set_options(record)
-        norm = _norm(self.flat)
+        norm = float(_norm(self.flat))
         if factors is not None:
             share = 1 / len(batches) if self._divided else 1.0
         else:
@@ -194,7 +194,7 @@ class Forward:
             self._divided = share != 1
         if share != 1:
             torch._foreach_mul_([p.grad for p in self.flat.params if p.grad is not None], share)
-            norm = share * norm
+            norm *= share
         stash = self._stash(record, batches, share, norm, torch.stack(losses), taken) if keep else None
         gradients = [p.grad for p in self.flat.params if p.grad is not None]
         if self.clipping.factor != 1:
@@ -202,7 +202,7 @@ class Forward:
         if self.clipping.largest is not None:
             clip_grad_norm_(self.flat.params, self.clipping.largest)
         if factors is None:
-            self.check.received(record, norm * self.clipping.scale(norm).abs(), drew)
+            self.check.received(record, norm * abs(self.clipping.scale(norm)), drew)
         self.optimizer.step()
         return stash
 
@@ -221,7 +221,7 @@ class Forward:
         record: StepRecord,
         batches: MicroBatches,
         share: float,
-        norm: Tensor,
+        norm: float,
         losses: Tensor,
         taken: list[Taken],
     ) -> Stash:

@@ -9,7 +9,7 @@ from reference.cases import Case, Loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from assay.capture import Weights
+from assay.capture import Weights, bottleneck
 from assay.capture.bottleneck import (
     projected,
     projected_through,
@@ -107,9 +107,15 @@ def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projec
         compare(case, loss, projection, size=4)
 
 
+@pytest.mark.parametrize(
+    "cached", [1, bottleneck.CACHED]
+)  # one sample at a time, and all of these small ones
 @pytest.mark.parametrize("projection", KINDS, ids=["random", "none", "support"])
 @pytest.mark.parametrize("name", ["mlp", "gpt", "gpt_expanded", "gpt2", "cnn"])
-def test_a_diagonal_between_gradient_and_projection(name: str, projection: Projection) -> None:
+def test_a_diagonal_between_gradient_and_projection(
+    name: str, projection: Projection, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bottleneck, "CACHED", cached)
     case = CASES[name]
     model, batch, loss = case.model().eval(), case.batch(4, seed=3), next(iter(case.losses.values()))
     weights = watched(model)

@@ -289,6 +289,8 @@ def _blockwise(factors: Outer, D: Tensor, sides: Sides) -> Tensor:
 
 def _multiplied(gradients: Tensor, D: Tensor, sides: Sides) -> Tensor:
     """`[B, r0, r1]`: P_o (D ⊙ g_i) P_iᵀ for g `[B, *shape]`, which may belong to others and stays as it is."""
+    if sides.left is None and sides.right is None and sides.entries is None:  # all of it is kept
+        return gradients * D
     block, batch = _at_once(D), len(gradients)
     wide = torch.promote_types(gradients.dtype, D.dtype)
     room = torch.empty(min(block, batch), *D.shape, dtype=wide, device=D.device)

@@ -1,10 +1,12 @@
-"""`value_for` on the demo's own training: its targets valued afterwards, beside their values computed while it ran."""
+"""`value_for` on the demo's own training: its targets valued afterwards, beside their values computed while it ran.
+
+The curves of the report, which `assay train --embeddings` draws at the end, are left out: they are not measured here.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,29 +18,28 @@ import torch
 import assay
 from assay.demo import CORPUS, SETTINGS
 from assay.train import load_config, train
-from assay.train.loop import Setup, _embedding, prepare, token_mean_loss
+from assay.train.loop import prepare, token_mean_loss
 from experiments.command import run_parts_as_command
 from experiments.embeddings.common import spearman
 
 STEPS, SEED = 30, 0
+TABLE = "token.weight"  # of the tokens, which is the head as well
 
 
-def recorded(change: Callable[[assay.DataValueEmbedding], assay.DataValueEmbedding]) -> list[dict[str, Any]]:
-    """Spearman by target, with another method in the place of that of `assay train --embeddings`."""
-
-    def instead(setup: Setup) -> list[assay.DataValueEmbedding]:
-        return [change(method) for method in usual(setup)]
-
-    usual = _embedding
+def recorded(**settings: Any) -> list[dict[str, Any]]:
+    """Spearman by target, under settings of `attribution` beside the demo's own."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", assay.AssayWarning)
-        settings = {
+        base = {
             "out": Path(folder) / "run", "data.path": CORPUS, "device": "cpu", "seed": SEED, "train.steps": STEPS,
             "attribution.measure_every": 0, "attribution.embeddings": True,
         }  # fmt: skip
-        config = load_config(SETTINGS, settings)
-        with patch("assay.train.loop._embedding", instead):
+        config = load_config(SETTINGS, base | {f"attribution.{name}": x for name, x in settings.items()})
+        with patch("assay.train.loop._keep_curves"):
             ledger = train(config).ledger
+        stored = sum(
+            p.stat().st_size for p in (Path(folder) / "run" / "embeddings").rglob("*") if p.is_file()
+        )
         setup, path, table = prepare(config), config.attribution.path, []
         for name, batch in setup.targets.items():
             found = ledger.value_for(assay.Target([batch], token_mean_loss), setup.model, path)  # type: ignore[arg-type]
@@ -48,20 +49,24 @@ def recorded(change: Callable[[assay.DataValueEmbedding], assay.DataValueEmbeddi
                 spearman(*(torch.tensor(f["value"].to_list()) for f in frames))
                 for frames in (summed, (found, online))
             )
-            table.append({"target": name, "path": path, "by_id": by_id, "by_row": by_row})
+            table.append(
+                {
+                    "target": name,
+                    "path": path,
+                    "by_id": by_id,
+                    "by_row": by_row,
+                    "stored_per_row": stored // len(found),
+                }
+            )
         return table
 
 
-def finer_table(method: assay.DataValueEmbedding) -> assay.DataValueEmbedding:
-    """More axes for the table of the tokens, which is the head as well."""
-    method.ranks["token.weight"] = 64
-    return method
-
-
 PARTS = {
-    "assay train --embeddings": partial(recorded, lambda method: method),
-    "the same, token table at rank 64": partial(recorded, finer_table),
-    "DataValueEmbedding()": partial(recorded, lambda _: assay.DataValueEmbedding()),
+    "assay train --embeddings": recorded,
+    "rank 48": partial(recorded, rank=48),
+    "rank 48, table of the tokens at 64": partial(recorded, rank=48, ranks={TABLE: 64}),
+    "rank 48, table of the tokens at 128": partial(recorded, rank=48, ranks={TABLE: 128}),
+    "rank 64, table of the tokens at 128": partial(recorded, rank=64, ranks={TABLE: 128}),
 }
 
 

@@ -105,15 +105,21 @@ def stages(r: Result) -> str:
 def demo(r: Result) -> str:
     """Spearman of `value_for` by form and target."""
     lines = [
-        [form, row["target"], row["path"], f"{row['by_id']:.3f}"]
+        [
+            form,
+            *(f"{row['by_id']:.3f}" for row in rows),
+            f"{rows[0]['stored_per_row'] / 1024:.0f}",
+        ]
         for form, rows in r["parts"].items()
-        for row in rows
     ]
+    targets = [row["target"] for row in next(iter(r["parts"].values()))]
     return (
         "## Values for a late target on the demo's run\n\n"
         f"GPT of 4 layers, width 128; {r['training']}, seed {r['seed']}. `value_for` each of the run's targets, "
-        "beside their values computed while it ran: Spearman over the documents.\n\n"
-        + table(["recorded by", "target", "path", "Spearman"], lines)
+        "beside their values computed while it ran: Spearman over the documents, by target. The part of a gradient "
+        "that a projection drops is missing from a value; under Adam the table of the tokens loses most by that, "
+        "which is why a rank of its own, the model's width, does more than a larger rank of all.\n\n"
+        + table(["recorded by", *targets, "KiB stored per row"], lines)
     )
 
 

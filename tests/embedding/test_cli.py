@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model: {layers: 1, heads: 2, width: 16, context: 32, vocabulary: 300}\n"
         "targets: {documents: 4}\n"
         "train: {epochs: 2, batch_size: 8}\n"
-        "attribution: {rank: 4, curvature: ggn}\n",
+        "attribution: {rank: 4, ranks: {token.weight: 6}, curvature: ggn}\n",
         encoding="utf-8",
     )
     call("train", folder / "mine.yaml", "--embeddings")
@@ -47,6 +47,14 @@ def test_training_keeps_the_curve_of_its_target_for_the_report(trained: Path) ->
     assert curve.height == ledger.account()["step"].n_unique()
     page = (trained / "report.html").read_text(encoding="utf-8")
     assert "Influence by step over the learning rate" in page
+
+
+def test_the_table_of_the_tokens_has_the_rank_that_was_named(trained: Path) -> None:
+    from assay.embedding.recorded import Recorded
+
+    header = Recorded(assay.open(trained)._source.gradients).header
+    assert header.ranks["token.weight"] == 6
+    assert set(header.ranks.values()) == {4, 6}
 
 
 def test_weights_are_the_shares_of_the_tokens(trained: Path) -> None:

@@ -159,6 +159,7 @@ class Attribution(Section):
             ``2 GB``.
         embeddings: also record what `assay influence` needs (:class:`assay.DataValueEmbedding`), and take snapshots.
         rank: of its projections.
+        ranks: other ranks for some parameters, by name: ``{"token.weight": 128}``.
         support: read only so many coordinates of the wider sides of a weight (:class:`assay.Projection`): faster, and
             less exact; at least the rank.
         curvature: ``fisher``, or ``ggn`` to record the Gauss-Newton matrix as well.
@@ -174,6 +175,7 @@ class Attribution(Section):
     snapshots: Annotated[int, Field(ge=1)] | str | None = None
     embeddings: bool = False
     rank: Count = 32
+    ranks: dict[str, Count] = {}
     support: Count | None = None
     curvature: Literal["fisher", "ggn"] = "fisher"
 

@@ -210,7 +210,11 @@ def _embedding(setup: Setup) -> list[assay.DataValueEmbedding]:
     batches = [pair(make_batch(some[i : i + 8]).to(setup.device)) for i in range(0, len(some), 8)]
     axes = assay.Target(batches, loss_of_pair)
     projection = assay.Projection(rank=wanted.rank, kind="pca", support=wanted.support)
-    return [assay.DataValueEmbedding(projection, axes=axes, curvature=wanted.curvature, logits=logits)]
+    return [
+        assay.DataValueEmbedding(
+            projection, ranks=wanted.ranks, axes=axes, curvature=wanted.curvature, logits=logits
+        )
+    ]
 
 
 def _keep_curves(setup: Setup, ledger: Any) -> None:

@@ -289,16 +289,15 @@ def _blockwise(factors: Outer, D: Tensor, sides: Sides) -> Tensor:
 
 def _multiplied(gradients: Tensor, D: Tensor, sides: Sides) -> Tensor:
     """`[B, r0, r1]`: P_o (D ⊙ g_i) P_iᵀ for g `[B, *shape]`, which may belong to others and stays as it is."""
-    if sides.left is None and sides.right is None and sides.entries is None:  # all of it is kept
-        return gradients * D
     block, batch = _at_once(D), len(gradients)
     wide = torch.promote_types(gradients.dtype, D.dtype)
     room = torch.empty(min(block, batch), *D.shape, dtype=wide, device=D.device)
-    parts = []
+    found = room.new_empty(batch, *sides.ranks)
     for start in range(0, batch, block):
         some = gradients[start : start + block]
-        parts.append(_project(Dense(room[: len(some)].copy_(some).mul_(D)), sides))
-    return torch.cat(parts)
+        # copied, since a projection that keeps all of it is the room itself
+        found[start : start + block] = _project(Dense(room[: len(some)].copy_(some).mul_(D)), sides)
+    return found
 
 
 def _at_once(D: Tensor) -> int:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from assay.errors import AssayWarning, InputError
 from assay.replay.flat import Flat
 from assay.replay.gradient import Gradients, Taken
-from assay.replay.links import entries, links
+from assay.replay.links import entries, links, stacked
 from assay.snapshots import RandomState
 from assay.targets import refuse_delayed_errors
 
@@ -274,8 +274,7 @@ class Curvature:
         ]
         return [
             None if all(x is None for x in column)
-            else column[0][None] if queries == 1
-            else torch.stack([torch.zeros_like(p) if x is None else x for x in column])
+            else stacked([torch.zeros_like(p) if x is None else x for x in column])
             for p, column in zip(inputs, zip(*each, strict=True), strict=True)
         ]  # fmt: skip
 

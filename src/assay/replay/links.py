@@ -22,7 +22,7 @@ from assay.capture.factors import Dense, Factors, Lookup, Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Directions, Weight
 
-__all__ = ["Links", "entries", "links"]
+__all__ = ["Links", "entries", "links", "stacked"]
 
 Uses = Sequence[tuple[Weight, Factors]]
 
@@ -72,14 +72,14 @@ def _link(factors: Factors, directions: Tensor) -> tuple[Tensor, list[tuple[Tens
     if isinstance(factors, Outer):
         a, b = (factors.b, factors.a) if factors.transposed else (factors.a, factors.b)
         matrices = directions.to(a.dtype)
-        of_b = _stacked([a @ matrix.t() for matrix in matrices])  # [queries, …, p]
-        of_a = _stacked([b @ matrix for matrix in matrices])  # [queries, …, d]
+        of_b = stacked([a @ matrix.t() for matrix in matrices])  # [queries, …, p]
+        of_a = stacked([b @ matrix for matrix in matrices])  # [queries, …, d]
         same = (
             (of_b, b) if b.numel() <= a.numel() else (of_a, a)
         )  # ⟨b, aΛᵀ⟩ = ⟨bΛ, a⟩: the smaller of the two
         return _dots(*same, factors.layout), [(b, of_b), (a, of_a)]
     if isinstance(factors, Lookup):
-        moved = _stacked([F.embedding(factors.indices, table) for table in directions])
+        moved = stacked([F.embedding(factors.indices, table) for table in directions])
         return _dots(moved, factors.b, factors.layout), [(factors.b, moved)]
     if isinstance(factors, Dense):
         spread = directions[:, None].expand(-1, len(factors.gradients), *directions.shape[1:])
@@ -87,7 +87,7 @@ def _link(factors: Factors, directions: Tensor) -> tuple[Tensor, list[tuple[Tens
     return _by_autograd(factors, directions)
 
 
-def _stacked(each: list[Tensor]) -> Tensor:
+def stacked(each: list[Tensor]) -> Tensor:
     """`[queries, …]`; a single one is not copied."""
     return each[0][None] if len(each) == 1 else torch.stack(each)
 
@@ -95,7 +95,7 @@ def _stacked(each: list[Tensor]) -> Tensor:
 def _dots(moved: Tensor, b: Tensor, layout: Layout) -> Tensor:
     """`[queries, B]`: what each sample's rows of `moved` `[queries, *b.shape]` and b have in common."""
     wide = torch.promote_types(b.dtype, torch.float32)
-    return _stacked([layout.per_sample_sum(x.to(wide) * b) for x in moved])
+    return stacked([layout.per_sample_sum(x.to(wide) * b) for x in moved])
 
 
 def _by_autograd(factors: Factors, directions: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ __all__ = [
     "name_of",
     "operands",
     "rule",
-    "tensors_in",
+    "tensors_of",
     "writes_in_place",
 ]
 
@@ -33,20 +34,27 @@ def writes_in_place(
     func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> bool:
     """Whether a call writes its result into its first operand: by its name, or by an argument `inplace`."""
-    name = getattr(func, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    code = getattr(func, "__code__", None)
-    if code is not None and "inplace" in code.co_varnames:
-        position = code.co_varnames.index("inplace")
-        return bool((kwargs or {}).get("inplace", args[position] if len(args) > position else False))
-    return name in _IN_PLACE
+    writes = _writes(func)
+    if isinstance(writes, bool):
+        return writes
+    return bool((kwargs or {}).get("inplace", args[writes] if len(args) > writes else False))
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
 _IN_PLACE = frozenset({"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)})
 
 
+@lru_cache(maxsize=1024)
+def _writes(func: Callable[..., Any]) -> bool | int:
+    """Whether a function writes into its first operand, or the position of the argument `inplace` that tells."""
+    name = getattr(func, "__name__", "")
+    if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
+        return True
+    names = getattr(getattr(func, "__code__", None), "co_varnames", ())
+    return names.index("inplace") if "inplace" in names else False
+
+
+@lru_cache(maxsize=1024)
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a torch function; that of the property (`x.T`, `x.real`) where it is one."""
     name = getattr(func, "__name__", str(func))
@@ -62,14 +70,15 @@ def input_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
     return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensor that an argument is, or those of the list that it is."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            if isinstance(part, Tensor):
-                yield part
+def tensors_of(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call, and in those of them that are lists."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += [part for part in value if isinstance(part, Tensor)]
+    return found
 
 
 def operands(args: Any, kwargs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, Any]]]:

@@ -2,7 +2,8 @@
 
 y = x̂·w + b with x̂ = (x − μ)·ρ: sample i's gradients are g_i(w) = Σ_t gy·x̂ and g_i(b) = Σ_t gy. Their sums over the
 samples are the weight gradients, so that torch's own pass for those is not made. μ and ρ are those of the forward
-pass. On a CPU a few samples are worked on at a time, so that what is between stays in the cache.
+pass. On a CPU torch's own kernel is run for one large sample after the other; of small ones a few are worked on at a
+time, so that what is between stays in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from assay.capture.probe import Recorder
 
 __all__ = ["ObservedLayerNorm"]
 
-BLOCK = 1 << 20  # bytes of a product that are made at once
+ALONE = 1 << 17  # bytes of a sample's rows from which on it is worth a call of its own
+BLOCK = 1 << 20  # bytes of a product of small samples that are made at once
 
 
 class ObservedLayerNorm(torch.autograd.Function):
@@ -80,13 +82,34 @@ def _per_sample(
     rows, n = x.shape[1:]
     if type(x) is not Tensor or x.device.type != "cpu":  # traced by a compiler that fuses, or on a GPU
         gw, gb = torch.bmm(rstd, (x - mean) * gy).squeeze(1), gy.sum(1)
+    elif rows * n * x.element_size() >= ALONE:
+        gw, gb = _one_by_one(x, gy, mean, rstd)
     else:
-        gw, gb = x.new_empty(batch, n), x.new_empty(batch, n)
-        block = min(batch, max(1, BLOCK // max(rows * n * x.element_size(), 1)))
-        room = x.new_empty(block, rows, n)
-        for start in range(0, batch, block):  # a few iterations
-            part = slice(start, min(start + block, batch))
-            product = torch.sub(x[part], mean[part], out=room[: part.stop - start]).mul_(gy[part])
-            torch.bmm(rstd[part], product, out=gw[part].unsqueeze(1))
-            torch.sum(gy[part], 1, out=gb[part])
+        gw, gb = _in_blocks(x, gy, mean, rstd)
     return gw.view(batch, *shape), gb.view(batch, *shape)
+
+
+def _one_by_one(x: Tensor, gy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B, n]` twice, by torch's kernel without the gradient of x."""
+    n = x.shape[2]
+    some = x.new_empty(n)  # stands for w and b, whose numbers do not enter
+    found = [
+        torch.ops.aten.native_layer_norm_backward(g, a, [n], mu, rho, some, some, [False, True, True])[1:]
+        for g, a, mu, rho in zip(gy.unbind(), x.unbind(), mean.unbind(), rstd.mT.unbind(), strict=True)
+    ]
+    gw, gb = zip(*found, strict=True)
+    return torch.stack(gw), torch.stack(gb)
+
+
+def _in_blocks(x: Tensor, gy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by products of a few samples."""
+    batch, rows, n = x.shape
+    gw, gb = x.new_empty(batch, n), x.new_empty(batch, n)
+    block = min(batch, max(1, BLOCK // max(rows * n * x.element_size(), 1)))
+    room = x.new_empty(block, rows, n)
+    for start in range(0, batch, block):  # a few iterations
+        part = slice(start, min(start + block, batch))
+        product = torch.sub(x[part], mean[part], out=room[: part.stop - start]).mul_(gy[part])
+        torch.bmm(rstd[part], product, out=gw[part].unsqueeze(1))
+        torch.sum(gy[part], 1, out=gb[part])
+    return gw, gb

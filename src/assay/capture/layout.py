@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -55,7 +56,7 @@ class Layout:
 
     def at(self, dim: int) -> Layout:
         """The same rows, now at dimension `dim`."""
-        return Layout(dim, self.batch, self.inner, self.labels)
+        return self if dim == self.dim else Layout(dim, self.batch, self.inner, self.labels)
 
     def row_labels(self, rows: int, device: torch.device) -> Tensor:
         """`[rows]`: the sample that owns each row."""
@@ -69,22 +70,9 @@ class Layout:
 
     def reshaped(self, old: Sequence[int], new: Sequence[int]) -> Layout | None:
         """The layout after a row-major reshape from `old` to `new`; None where the sample axis is broken up."""
-        rest = prod(old[self.dim + 1 :])
-        unit = self.inner * rest  # consecutive elements that belong to one sample
         if self.labels is not None:
-            return self._relabelled(old[self.dim], rest, new)
-        if not unit:  # nothing in it: any dimension of that size will do
-            return next((self.at(dim) for dim, size in enumerate(new) if size == old[self.dim]), None)
-        for dim, size in enumerate(new):
-            after = prod(new[dim + 1 :])
-            if (
-                after
-                and unit % after == 0
-                and (after * size) % (unit * self.batch) == 0
-                and size >= self.batch
-            ):
-                return Layout(dim, self.batch, unit // after)
-        return None
+            return self._relabelled(old[self.dim], prod(old[self.dim + 1 :]), new)
+        return _reshaped(self.dim, self.batch, self.inner, tuple(old), tuple(new))
 
     def _relabelled(self, rows: int, rest: int, new: Sequence[int]) -> Layout | None:
         """`reshaped` for rows in no regular order: their dimension is merged with a neighbour, split, or neither."""
@@ -152,3 +140,16 @@ def refuse_rows_of_nobody(total: Tensor) -> None:
             "rows that belong to no sample (padding between the rows of the samples) have a gradient, so that no "
             "sample's share is the whole; drop these rows before they reach the loss."
         )
+
+
+@lru_cache(maxsize=4096)
+def _reshaped(dim: int, batch: int, inner: int, old: tuple[int, ...], new: tuple[int, ...]) -> Layout | None:
+    """`Layout.reshaped` for rows in regular order."""
+    unit = inner * prod(old[dim + 1 :])  # consecutive elements that belong to one sample
+    if not unit:  # nothing in it: any dimension of that size will do
+        return next((Layout(at, batch, inner) for at, size in enumerate(new) if size == old[dim]), None)
+    for at, size in enumerate(new):
+        after = prod(new[at + 1 :])
+        if after and unit % after == 0 and (after * size) % (unit * batch) == 0 and size >= batch:
+            return Layout(at, batch, unit // after)
+    return None

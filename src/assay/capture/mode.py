@@ -31,7 +31,7 @@ from assay.capture.call import (
     input_first,
     name_of,
     operands,
-    tensors_in,
+    tensors_of,
     writes_in_place,
 )
 from assay.capture.coverage import Coverage
@@ -173,11 +173,12 @@ class Capture(TorchFunctionMode):
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `func` and mark its result."""
         args, kwargs = input_first(args, kwargs)
-        tensors = [t for value in (*args, *kwargs.values()) for t in tensors_in(value)]
+        tensors = tensors_of(args, kwargs)
         marks = [self.mark_of(t) for t in tensors]
         if not torch.is_grad_enabled():
             marks = [CONSTANT if isinstance(mark, Weight) else mark for mark in marks]
-        if any(isinstance(mark, Weight) for mark in marks):
+        weighs = any(isinstance(mark, Weight) for mark in marks)
+        if weighs:
             # a number that comes from all samples (which expert, how many) is a constant to a weight
             marks = [
                 CONSTANT
@@ -188,12 +189,10 @@ class Capture(TorchFunctionMode):
             if any(isinstance(mark, Data) for mark in marks):
                 return self._use(func, args, kwargs)
         name = name_of(func)
-        in_place = writes_in_place(func, args, kwargs) and bool(tensors)
-        if in_place and any(isinstance(mark, Weight) for mark in marks):
-            tensors = [
-                tensors[0].detach().clone(),
-                *tensors[1:],
-            ]  # as it was: a derivative may be asked for later
+        if weighs and writes_in_place(
+            func, args, kwargs
+        ):  # a derivative may be asked for later, where it was
+            tensors = [tensors[0].detach().clone(), *tensors[1:]]
         out = func(*args, **kwargs)
         with self.faults.caught("in the forward pass"):  # of what has been run: it is not run again
             if name == "__setitem__":
@@ -313,7 +312,7 @@ class Capture(TorchFunctionMode):
                     self._set(y, known)
 
     def _known(self, tensor: Tensor) -> Mark | None:
-        tagged = getattr(tensor, "_assay", None)
+        tagged: tuple[object, Mark] | None = getattr(tensor, "_assay", None)
         return tagged[1] if tagged is not None and tagged[0] is self._token else None
 
     def _set(self, tensor: Tensor, mark: Mark) -> None:
@@ -324,7 +323,7 @@ class Capture(TorchFunctionMode):
         """Where the samples are in the result of a call."""
         if self.batch == 1:
             return Layout(0, 1, inner=out.shape[0]) if out.dim() else None
-        tensors = [t for value in (*call.args, *call.kwargs.values()) for t in tensors_in(value)]
+        tensors = tensors_of(call.args, call.kwargs)
         data = [(t, mark.layout) for t in tensors if isinstance(mark := self.mark_of(t), Data)]
         return follow(call.name, data, call.args, call.kwargs, out)
 
@@ -338,7 +337,7 @@ class Capture(TorchFunctionMode):
         """Where the positions of the sequences are in the result of a use."""
         if not self.by_token:
             return None
-        tensors = [t for value in (*call.args, *call.kwargs.values()) for t in tensors_in(value)]
+        tensors = tensors_of(call.args, call.kwargs)
         placed = self._placed((t, self.mark_of(t)) for t in tensors)
         return follow_tokens(call.name, placed, call.args, call.kwargs, out) if placed else None
 

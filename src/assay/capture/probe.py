@@ -205,18 +205,19 @@ def _weight_backward(
 ) -> Tensor:
     """The weight's gradient; its per-sample gradients are kept or added to `scores` on the way."""
     a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
-    if weight is not None and recorder.keeps(weight):
-        blocks = per_sample_gradients(a, b, ctx.layout, recorder.room, recorder.rounded)
-        if blocks is not None:
-            return _block_by_block(recorder, weight, blocks, scores)
-        recorder.keep(weight, Outer(x, gy, ctx.layout, ctx.transposed))
+    groups: dict[int, Tensor] = {}
     if weight is not None:
-        recorder.hand_on(weight, Outer(x, gy, ctx.layout, ctx.transposed))
-    outer = Outer(x, gy, ctx.layout, ctx.transposed)
-    short = recorder.products_by_pairs(weight, outer) if weight is not None else None
-    for group, products in (short or {}).items():
-        scores[group] += products
-    groups = recorder.directions_of(weight) if weight is not None and short is None else {}
+        outer = Outer(x, gy, ctx.layout, ctx.transposed)
+        if recorder.keeps(weight):
+            blocks = per_sample_gradients(a, b, ctx.layout, recorder.room, recorder.rounded)
+            if blocks is not None:
+                return _block_by_block(recorder, weight, blocks, scores)
+            recorder.keep(weight, outer)
+        recorder.hand_on(weight, outer)
+        short = recorder.products_by_pairs(weight, outer)
+        for group, products in (short or {}).items():
+            scores[group] += products
+        groups = recorder.directions_of(weight) if short is None else {}
     if len(groups) == 1:
         ((group, directions),) = groups.items()
         gw, products = weight_gradient_and_products(a, b, ctx.layout, directions, recorder.room)

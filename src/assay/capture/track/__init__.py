@@ -64,16 +64,20 @@ def follow(
         return picked_by(name, layout, tensor, args, kwargs, out)
     if name in PICKS:
         return PICKS[name](layout, tensor, args, kwargs, out)
+    if len(known) == 1:
+        return _broadcast(name, layout, tensor, args, kwargs, out)
     return agree([_broadcast(name, layout, tensor, args, kwargs, out) for tensor, layout in known], out)
 
 
 def _voters(
     name: str, data: Sequence[tuple[Tensor, Layout | None]], args: Args
-) -> list[tuple[Tensor, Layout | None]]:
+) -> Sequence[tuple[Tensor, Layout | None]]:
     """The operands that decide: per-sample gradients flow through those with gradients; a mask or an index has no say.
 
     What is picked from is what is picked, whatever the index.
     """
+    if len(data) == 1:
+        return data
     if name in PICKS and args:
         picked = [(tensor, layout) for tensor, layout in data if tensor is args[0]]
         if picked:
@@ -82,7 +86,7 @@ def _voters(
         chosen = [(tensor, layout) for tensor, layout in data if wanted(tensor)]
         if chosen:
             return chosen
-    return list(data)
+    return data
 
 
 def _write(

@@ -61,10 +61,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def spread(found: dict[str, float], sign: str = "") -> str:
+def spread(found: dict[str, float], sign: str = "", digits: int = 2) -> str:
     """Median and quartiles."""
     middle, low, high = (
-        format(found[key], f"{sign}.2f") for key in ("median", "lower_quartile", "upper_quartile")
+        format(found[key], f"{sign}.{digits}f") for key in ("median", "lower_quartile", "upper_quartile")
     )
     return f"{middle} ({low} to {high})"
 
@@ -159,6 +159,35 @@ def slower_than_direct(rows: Sequence[dict[str, Any]]) -> list[str]:
     return sentences
 
 
+def first_order() -> str:
+    """What `overhead.py` measured: few arms side by side, so that one does not cost another its caches."""
+    file = RESULTS / "overhead-gpt2-cpu.json"
+    if not file.exists():
+        return ""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    arms = ("pass", "assay", "assay left@4")
+    found = {(tuple(row["size"].values()), row["optimizer"], row["arm"]): row for row in document["rows"]}
+    models = dict.fromkeys((size, optimizer) for size, optimizer, _ in found)
+    lines = []
+    for size, optimizer in models:
+        plain, *rows = (found[size, optimizer, arm] for arm in ("plain", *arms))
+        peaks = [row["peak_bytes"] for row in (plain, *rows)]
+        memory = "" if None in peaks else f"{peaks[2] / peaks[0]:.2f}"
+        above = f"{spread(rows[1]['above_pass'], '+', 3)}; {rows[1]['quickest_above_pass']:+.3f}"
+        ratios = [spread(row["ratio"], digits=3) for row in rows]
+        lines.append([f"{size_of(plain)}, {optimizer}", ratios[0], ratios[1], above, ratios[2], memory])
+    head = [
+        "blocks of GPT-2",
+        *(NAMES[arm] for arm in arms[:2]),
+        "above the bare pass",
+        NAMES[arms[2]],
+        "peak memory",
+    ]
+    settings = f"{document['settings']['rounds']} rounds of these arms alone; medians (quartiles)."
+    command = "`python benchmarks/overhead.py --size 16x256x384 --family gpt2 --path left@4`\n"
+    return "\n".join([f"## The first order\n\n{settings}\n", table(head, lines), command])
+
+
 def on_a_gpu(document: dict[str, Any] | None) -> str:
     """What a GPU takes for each arm of each model."""
     if document is None:
@@ -193,6 +222,7 @@ def page(document: dict[str, Any] | None, gpu: dict[str, Any] | None = None) -> 
     where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
     parts = [
         HEAD,
+        first_order(),
         f"## Every path\n\nA GPT of {size_of(main[0])}, one held-out sequence.\n",
         main_table(main),
         *peers_of(main, document.get("left_out", {})),

@@ -21,26 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from assay.capture import Capture, contract
-from assay.capture.check import check_capture
-from assay.capture.compiled import CompiledParts
-from assay.capture.fallback import Boundary
-from assay.capture.room import Room
-from assay.capture.totals import Totals
 from assay.distributed import parallel_of
 from assay.errors import AssayError, InputError
 from assay.faults import Faults
-from assay.methods.base import Context, Method, MicroBatch, Retakes, Session, Settles
+from assay.methods.base import Context, Method, MicroBatch, Session, Settles
 from assay.methods.demands import (
-    Demands,
-    Watches,
     check_for_resuming,
     check_for_several_processes,
     check_methods,
     sample_weights,
 )
+from assay.microbatch import Watcher, Watching
 from assay.optimizers import OptimizerModel, model_of
 from assay.resume import Resume, first_step
 from assay.scale import GradientScale
@@ -69,17 +61,6 @@ class RunStatus:
     explained: Mapping[str, float]
     validation_seconds: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Watching:
-    """A micro-batch that is being watched."""
-
-    ids: Sequence[int | str]
-    weights: Tensor | None
-    capture: Capture
-    boundary: Boundary
-    watches: Watches
 
 
 class Run:
@@ -152,7 +133,7 @@ class Run:
         self.processes = parallel_of(model)
         if self.processes.size > 1:
             check_for_several_processes(methods)
-        self.model, self.strict = self.processes.module, strict
+        self.model = self.processes.module
         self.optimizer: OptimizerModel = model_of(optimizer, override=optimizer_model)
         self.weights, self._coverage = watched(self.processes, self.optimizer, exclude)
         names = [name for method in methods for name in method.target_names]
@@ -184,16 +165,13 @@ class Run:
         self._step = step or 0
         self._id_kind: IdKind | None = self.writer.id_kind
         self._pending: list[list[MicroBatch]] = []  # by micro-batch, one per method
-        self._demand = Demands()
         self._inside = self._closed = self._written = False
         self._step_open = self._agreed_to_stop = False
         self._termination = Termination()
-        self._check_due = self._totals_due = check == "first"
-        self._precision_due = True
         self._device = self.weights.params[0].device
-        self._totals: Totals | None = None
-        self._compiled = CompiledParts(self.model)
-        self._room = Room()
+        self._watcher = Watcher(
+            self.processes, self.weights, self._coverage, self.faults, strict=strict, check=check == "first"
+        )
         self._curve: list[dict[str, Any]] = []
         if "curve" in self.writer.ledger.tables:
             rows = self.writer.ledger.table("curve").rows(named=True)
@@ -233,7 +211,7 @@ class Run:
                 inside; the run is closed; a step inside a step.
             CoverageError: a parameter is used in a way that has no exact rule, and is not excluded.
         """
-        watching: _Watching | None = None
+        watching: Watching | None = None
         self.processes.precision.around(self._device)
         with ExitStack() as closing:
             with self._work("before a micro-batch"):
@@ -242,12 +220,12 @@ class Run:
                 closing.close()
             yield
         with self._work("after a micro-batch"):
-            if self._totals_due and self.processes.reduced():
+            if self._watcher.totals_due and self.processes.reduced():
                 self._agree()
             if watching is not None and self.faults.first is None:
                 self._take(watching)
 
-    def _watch(self, ids: Any, weights: Any, inputs: Any, closing: ExitStack) -> _Watching | None:
+    def _watch(self, ids: Any, weights: Any, inputs: Any, closing: ExitStack) -> Watching | None:
         """Start watching a micro-batch, until `closing`; None for a run that has detached."""
         if self._opens_step():
             self._agree()
@@ -257,34 +235,16 @@ class Run:
         known = self._known_ids(ids)
         given = sample_weights(weights, len(known))
         self._begin()
-        capture = self._new_capture(len(known))
-        first_input = self.model.register_forward_pre_hook(
-            lambda _, args, kwargs: self._before_forward(capture, args, kwargs),
-            with_kwargs=True,
-            prepend=self.processes.sharded,  # the start-up check runs before the parameters are gathered
-        )
         self._inside = True
-        closing.callback(self._left, first_input)
-        watch_closing = closing.enter_context(ExitStack())
-        closing.enter_context(self._compiled.followed(capture))
-        boundary = closing.enter_context(Boundary(self.model, self.weights, capture))
-        closing.enter_context(self.processes.watching(capture.carry_over))
-        watches = self._demand.watch(capture, watch_closing)
-        closing.enter_context(capture)
-        for leaf in torch.utils._pytree.tree_leaves(inputs):
-            if isinstance(leaf, Tensor):
-                capture.enter(leaf)
-        return _Watching(known, given, capture, boundary, watches)
+        closing.callback(self._left)
+        return self._watcher.watch(known, given, inputs, closing)
 
-    def _left(self, first_input: RemovableHandle) -> None:
+    def _left(self) -> None:
         self._inside = False
-        first_input.remove()
 
-    def _take(self, watching: _Watching) -> None:
+    def _take(self, watching: Watching) -> None:
         """What a micro-batch left, once its backward pass is done."""
-        found = self._finished(watching.ids, watching.capture, watching.boundary)
-        found.weights = watching.weights
-        self._pending.append(self._demand.parts(found, watching.watches))
+        self._pending.append(self._watcher.finished(watching))
         self._scale.after_backward()
 
     @contextmanager
@@ -301,8 +261,8 @@ class Run:
 
     def _detach(self) -> None:
         """Nothing more is measured; what was booked reaches the disk now or at the end."""
-        self._to_close, self._pending, self._totals = [], [], None
-        self._demand = Demands()
+        self._to_close, self._pending = [], []
+        self._watcher.stop()
         with self.faults.caught("in detaching"):
             for session in self._sessions:
                 session.flush()
@@ -310,48 +270,6 @@ class Run:
         with self.faults.caught("in detaching"):
             self.writer.update_info({"detached": {"step": self._step, "reason": self.faults.reason}})
             self.writer.flush()
-
-    def _new_capture(self, batch: int) -> Capture:
-        """For the first micro-batch everything is kept, so that its totals can be checked."""
-        keep = self.weights.params if self._totals_due else self._demand.keep
-        directions = None if self._totals_due else self._demand.directions
-        return Capture(
-            self.weights,
-            batch,
-            directions,
-            keep=keep,
-            rounded=self._demand.rounded and not self._totals_due,
-            strict=self.strict,
-            faults=self.faults,
-            by_token=self._demand.by_token,
-            coverage=self._coverage,
-            room=self._room,
-        )
-
-    def _finished(
-        self,
-        ids: Sequence[int | str],
-        capture: Capture,
-        boundary: Boundary,
-    ) -> MicroBatch:
-        """What a micro-batch left, once its backward pass is done."""
-        capture.own_kept(self.processes.accumulated(self.weights.params))
-        scores, kept = boundary.finish(), capture.release()
-        if scores is None:
-            reason = "no backward pass happened" if capture.uses else "the model was not used"
-            raise InputError(
-                f"run.step(ids): {reason} inside; put both the forward pass and loss.backward() in it."
-            )
-        self._coverage.check_all_seen()
-        if self._totals is not None:
-            self._totals.add(kept, scores)
-            if self.processes.reduced():
-                self._totals.check()
-                self._totals, self._totals_due = None, False
-            if self._demand.directions is not None:
-                scores = contract(kept, self._demand.directions, scores)
-            kept = kept if self._demand.keep else []
-        return MicroBatch(ids, scores, kept, capture.positions)
 
     def coverage(self) -> pl.DataFrame:
         """How each parameter is covered: `parameter, entries, percent, status, operations`.
@@ -428,7 +346,7 @@ class Run:
             self._closed = True
             for hook in self._hooks:
                 hook.remove()
-            self._room.clear()
+            self._watcher.close()
         while self._to_close:
             session = self._to_close.pop(0)  # if the disk refuses, what it handed over has been taken
             session.close() if together else session.flush()
@@ -477,9 +395,7 @@ class Run:
         if self._pending and not self.processes.accumulated(self.weights.params):
             self._discard()
         if not self._pending:
-            self._totals = Totals(self.weights, self.processes) if self._totals_due else None
-            self._demand = Demands()  # the last step's directions go before new ones are made
-            self._demand = Demands([session.begin_step(self._step) for session in self._sessions])
+            self._watcher.begin(self._sessions, self._step)
 
     def _discard(self) -> None:
         """The gradients of the open step were thrown away without an update (a loss scaler's overflow)."""
@@ -518,48 +434,6 @@ class Run:
                     session.flush()
 
     # --- checks ---
-
-    def _before_forward(self, capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        with self.faults.caught("at the model's inputs"):
-            self._see_input(capture, args, kwargs)
-
-    def _see_input(self, capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """On each forward pass of the model in a step: the ids match the rows; once, the start-up check."""
-        if capture.paused or not torch.is_grad_enabled():
-            return
-        self._compiled.notice()
-        as_targets = self.processes.precision.note(self._device)
-        if self._precision_due and not as_targets:
-            self._retake(capture)
-        self._precision_due = False
-        leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        rows = [x.shape[0] for x in tensors if x.dim()]
-        if rows and capture.batch not in rows:
-            raise InputError(
-                f"run.step(ids): {capture.batch} ids were given, but the model received tensors of "
-                f"{', '.join(map(str, dict.fromkeys(rows)))} rows; give one id per row of dimension 0."
-            )
-        for tensor in tensors:
-            capture.enter(tensor)
-        if self._check_due and self.processes.all(capture.batch > 1):
-            self._check_due = False
-            with capture.unseen(), self.processes.aside():
-                self.processes.together(
-                    lambda: check_capture(
-                        self.model, args, kwargs, self.weights, capture.batch, self._coverage
-                    )
-                )
-
-    def _retake(self, capture: Capture) -> None:
-        """The first forward pass runs under an autocast that the targets' passes before it knew nothing of."""
-        if self.processes.sharded:  # its parameters are being gathered; from the next step on they know
-            return
-        with capture.unseen(), full_precision(self._device):
-            each = zip(self._sessions, self._demand.each, strict=True)
-            self._demand = Demands([s.retake() if isinstance(s, Retakes) else d for s, d in each])
-        if not self._totals_due:
-            capture.directions = self._demand.directions
 
     def _known_ids(self, ids: Any) -> Sequence[int | str]:
         """The ids as they will be stored, checked before anything happens."""

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from assay.capture import Capture
 from assay.errors import InputError
 from assay.methods.base import Context, Demand, MicroBatch
 from assay.store.tensors import TensorFiles
@@ -218,7 +217,7 @@ class SnapshotSession:
         if step % self.distance == 0 or step == self._first:
             self._write(step)
         self.seconds += time.perf_counter() - started
-        return Demand(watch=self._see_random_state)
+        return Demand(before=self._see_random_state)
 
     def _resume(self, step: int) -> None:
         """The run starts, or goes on, here: what lies behind it is of a past that did not happen."""
@@ -231,11 +230,10 @@ class SnapshotSession:
             if number >= step:
                 self.files.delete(LOG, number)
 
-    def _see_random_state(self, capture: Capture) -> None:
-        with capture.unseen():
-            state = random_state(self.model)
-            if not self._random or not same_random_state(self._random[-1], state):
-                self._random.append(state)
+    def _see_random_state(self) -> None:
+        state = random_state(self.model)
+        if not self._random or not same_random_state(self._random[-1], state):
+            self._random.append(state)
         self._open.append(len(self._random) - 1)
 
     def before_update(self, step: int, batches: Sequence[MicroBatch], scale: Tensor, gap: Tensor) -> None:

@@ -138,7 +138,7 @@ def test_values_are_those_of_the_reference(name: str, optimizer: str) -> None:
     train(model, opt, data, loss, record=run.step)
     run.close()
     assert relative_error(recorded(run.ledger), expected) <= case.tolerance
-    (part,) = run._compiled._parts.values()
+    (part,) = run._watcher._compiled._parts.values()
     assert not part.gave_up
 
 
@@ -266,7 +266,7 @@ def test_embeddings(curvature: Any, tmp_path: Path) -> None:
         run = assay.Run(called, opt, out=tmp_path / str(compiled), methods=[method], check="off")
         train(called, opt, [[(list(range(4)), rows(seed))] for seed in (1, 2)], entropy, record=run.step)  # type: ignore[arg-type]
         run.close()
-        assert not any(part.gave_up for part in run._compiled._parts.values())
+        assert not any(part.gave_up for part in run._watcher._compiled._parts.values())
         embeddings = assay.open(tmp_path / str(compiled)).embeddings(segments=1, curvature=curvature)
         found.append(embeddings.influence(called, queries, entropy))
     assert found[0].abs().max() > 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from replay.common import STEPS, Problem
+from torch.overrides import _get_current_function_mode
 
 import assay
 from assay.errors import InputError, StoreError
@@ -114,3 +115,44 @@ def test_training_is_what_it_is_without_snapshots(tmp_path: Path) -> None:
     PROBLEM.train(model, PROBLEM.optimizer(model), backward)
     pairs = zip(model.parameters(), with_snapshots.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
+
+
+class Seen(torch.nn.Linear):
+    """Notes whether a capture is active while it runs."""
+
+    modes: list[str]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As a linear layer."""
+        mode = _get_current_function_mode()
+        self.modes.append(type(mode).__name__)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("check", ["first", "off"])
+def test_a_run_that_only_takes_snapshots_captures_no_more_than_the_check(check: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Seen(3, 2)
+    plain = torch.nn.Linear(3, 2)
+    plain.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+    model.modes = []
+    with assay.Run(model, optimizers[0], out=tmp_path / "run", snapshots=2, check=check) as run:
+        for _ in range(4):
+            x = torch.randn(5, 3)
+            plain(x).square().sum().backward()
+            with run.step(range(5)):
+                model(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        with pytest.raises(InputError, match="no backward pass happened inside"), run.step(range(5)):
+            model(x)
+        with pytest.raises(InputError, match="5 ids were given"), run.step(range(5)):
+            model(x[:3])
+    assert model.modes[-4:] == ["NoneType"] * 4
+    assert ("Capture" in model.modes) == (check == "first")
+    assert torch.allclose(model.weight, plain.weight)
+    if check == "off":
+        assert torch.equal(model.weight, plain.weight)
+    assert Trajectory(TensorFiles(tmp_path / "run" / "snapshots")).end == 4

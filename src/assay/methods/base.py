@@ -55,6 +55,7 @@ class Demand:
         rounded: what is kept may be held in bfloat16.
         by_token: what is kept can be taken apart by token.
         watch: called with the capture of each micro-batch; what it returns sees the backward pass as it runs.
+        before: called before each micro-batch.
     """
 
     directions: Directions | None = None
@@ -62,6 +63,12 @@ class Demand:
     watch: Callable[[Capture], Watch | None] | None = None
     rounded: bool = False
     by_token: bool = False
+    before: Callable[[], None] | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is wanted of the per-sample gradients."""
+        return self.directions is not None or bool(self.keep) or self.watch is not None
 
 
 @dataclass

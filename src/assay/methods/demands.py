@@ -57,6 +57,17 @@ class Demands:
         """Whether any method takes what it keeps apart by token."""
         return any(demand.by_token for demand in self.each)
 
+    @property
+    def measures(self) -> bool:
+        """Whether any method wants anything of the per-sample gradients."""
+        return any(demand.measures for demand in self.each)
+
+    def before(self) -> None:
+        """Let those know that asked for it that a micro-batch begins."""
+        for demand in self.each:
+            if demand.before is not None:
+                demand.before()
+
     def watch(self, capture: Capture, closing: ExitStack) -> Watches:
         """Start the methods' own watches of a micro-batch; they are closed with `closing`."""
         watches: Watches = []
@@ -67,11 +78,11 @@ class Demands:
             watches.append(watch)
         return watches
 
-    def parts(self, batch: MicroBatch, watches: Watches) -> list[MicroBatch]:
+    def parts(self, batch: MicroBatch, watches: Watches | None = None) -> list[MicroBatch]:
         """Each method's part of a micro-batch: its own watch, and what was kept if it asked for that."""
         return [
             replace(batch, kept=list(batch.kept) if demand.keep else [], watch=watch)
-            for demand, watch in zip(self.each, watches, strict=True)
+            for demand, watch in zip(self.each, watches or [None] * len(self.each), strict=True)
         ]
 
 

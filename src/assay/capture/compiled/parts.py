@@ -51,6 +51,11 @@ class CompiledParts:
         self._looked = self._warned = False
         self.capture: Capture | None = None
 
+    @property
+    def found(self) -> bool:
+        """Whether a part of the model is compiled."""
+        return "torch._dynamo" in sys.modules and bool(self._present())
+
     @contextmanager
     def followed(self, capture: Capture) -> Iterator[None]:
         """Around the forward and backward pass of one micro-batch."""

@@ -361,7 +361,7 @@ class Capture(TorchFunctionMode):
         """`y` under a node that reads its gradient; see `Call.observe`."""
         layout = layout or self.layout_of(call, y)
         watch = ObserveInPlace if call.in_place else Observe
-        tensors, _ = operands(call.args, call.kwargs)
+        tensors = tensors_of(call.args, call.kwargs)
         weights = tuple(mark for t in tensors if isinstance(mark := self.mark_of(t), Weight))
         explain = self._by_token(explain, self._tokens_of(call, y)) if self.by_token else explain
         if y.requires_grad:

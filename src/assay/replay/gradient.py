@@ -180,19 +180,20 @@ class _Keeper:
         self.bytes = 0
 
     def pack(self, x: Tensor) -> Any:
-        storage = x.untyped_storage()
-        place = storage.data_ptr()
-        param = self._params.get(place)
-        if param is not None and param.dtype == x.dtype:
-            return param, x.size(), x.stride(), x.storage_offset()
-        if place not in self._seen:
-            self._seen.add(place)
-            self.bytes += storage.nbytes()
-        return x
+        with torch._C.DisableTorchFunction():  # it is asked for every tensor that is saved, inside the capture
+            place = x.data_ptr() - int(x.storage_offset()) * x.element_size()  # of its memory, at less cost
+            param = self._params.get(place)
+            if param is not None and param.dtype == x.dtype:
+                return param, x.size(), x.stride(), x.storage_offset()
+            if place not in self._seen:
+                self._seen.add(place)
+                self.bytes += x.untyped_storage().nbytes()
+            return x
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         param, size, stride, offset = packed
-        return param.detach().as_strided(size, stride, offset)  # type: ignore[no-any-return]
+        with torch._C.DisableTorchFunction():
+            return param.detach().as_strided(size, stride, offset)  # type: ignore[no-any-return]

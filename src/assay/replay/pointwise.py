@@ -37,7 +37,7 @@ class _Curves:
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         if self._found is None:
-            with torch.no_grad():
+            with torch.no_grad(), torch._C.DisableTorchFunction():
                 self._found = self._derivatives(self._x)
         return self._found
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from assay.capture import Capture
-from assay.capture.call import Call, operands
+from assay.capture.call import Call, tensors_of
 from assay.capture.factors import Factors
 from assay.capture.layout import Layout
 from assay.capture.marks import Data, Weight
@@ -58,7 +58,7 @@ class TwiceCapture(Capture):
         """`y` under a node that reads its gradient and passes it on."""
         layout = layout or self.layout_of(call, y)
         watch = _PassInPlace if call.in_place else _Pass
-        tensors, _ = operands(call.args, call.kwargs)
+        tensors = tensors_of(call.args, call.kwargs)
         weights = tuple(mark for t in tensors if isinstance(mark := self.mark_of(t), Weight))
         if y.requires_grad:
             y = watch.apply(y, self.probe, Use(self, explain), *saved)  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ class _Pass(Observe):
         if ctx.use.recorder.linked:
             with torch._C.DisableTorchFunction():
                 ctx.use.recorder.put_aside += ctx.use.explain(gy, saved)
-            return (gy, torch.zeros_like(ctx.like), None, *(None for _ in saved))
+                return (gy, torch.zeros_like(ctx.like), None, *(None for _ in saved))
         with torch.no_grad(), torch._C.DisableTorchFunction():
             fixed = [x.detach() for x in saved]
             scores = ctx.use.recorder.record(ctx.use.explain(gy.detach(), fixed), ctx.like)

@@ -180,9 +180,7 @@ class _Keeper:
         self.bytes = 0
 
     def pack(self, x: Tensor) -> Any:
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # it is asked for every tensor that is saved, inside the capture
+        with torch._C.DisableTorchFunction():  # inside the capture, for every tensor that is saved
             place = x.data_ptr() - int(x.storage_offset()) * x.element_size()  # of its memory, at less cost
             param = self._params.get(place)
             if param is not None and param.dtype == x.dtype:

@@ -1,9 +1,10 @@
 """The forms of one layer's inner products, side by side: what each adds to the plain weight-gradient product.
 
 For one linear layer with B samples of T positions, widths d → p and one target: the plain product; the batched form
-with one sample's gradient after the other, in blocks that stay in the last cache, and all at once; and the directional
-form (one more product). One of each per round, in an order that rotates; ratios to the plain product are taken within
-a round; medians and quartiles. `assay bench calibrate` fits the cost model's constants to a machine in the same way.
+with one sample's gradient after the other (in runs of four and without), in blocks that stay in the last cache, and all
+at once; and the directional form (one more product). One of each per round, in an order that rotates; ratios to the
+plain product are taken within a round; medians and quartiles. `assay bench calibrate` fits the cost model's constants
+to a machine in the same way.
 
     python benchmarks/contractions.py           # two minutes; writes the JSON and the figures of decision 0019
     python benchmarks/contractions.py --quick   # two small layers, nothing written
@@ -18,11 +19,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pages
 import torch
 from overhead import RESULTS, machine, summary
 
+from assay.capture import contraction
 from assay.capture.calibration import QUICK
 from assay.capture.contraction import SHIPPED, batched, per_sample_products
 from assay.capture.layout import Layout
@@ -34,8 +37,8 @@ LAYERS = [  # B, T, d, p
     (64, 256, 64, 64), (128, 32, 128, 128),
 ]  # fmt: skip
 WHOLE = 1 << 60  # bytes: no block is as large
-ALONE, BLOCKS, TOGETHER = "one by one", "blocks of 10 MiB", "all at once"
-FORMS = ("plain", ALONE, BLOCKS, TOGETHER, "directional")
+RUNS, ALONE, BLOCKS, WHOLE_BATCH = "in runs of 4", "each alone", "blocks of 10 MiB", "all at once"
+FORMS = ("plain", RUNS, ALONE, BLOCKS, WHOLE_BATCH, "directional")
 
 
 def forms(batch: int, positions: int, d: int, p: int) -> dict[str, Callable[[], Any]]:
@@ -44,15 +47,22 @@ def forms(batch: int, positions: int, d: int, p: int) -> dict[str, Callable[[], 
     directions, layout = torch.randn(1, p, d), Layout(0, batch)
     flat_a, flat_b, shipped = a.view(-1, d), b.view(-1, p), SHIPPED["cpu"]
     costs = {
-        ALONE: replace(shipped, alone_bytes=1),
+        RUNS: replace(shipped, alone_bytes=1),
         BLOCKS: replace(shipped, alone_bytes=WHOLE),
-        TOGETHER: replace(shipped, alone_bytes=WHOLE, block_bytes=WHOLE),
+        WHOLE_BATCH: replace(shipped, alone_bytes=WHOLE, block_bytes=WHOLE),
     }
     return {
         "plain": lambda: flat_b.t() @ flat_a,
         **{name: partial(batched, a, b, directions, cost) for name, cost in costs.items()},
+        ALONE: lambda: without_runs(a, b, directions, costs[RUNS]),
         "directional": lambda: (flat_b.t() @ flat_a, per_sample_products(a, b, layout, directions)),
     }
+
+
+def without_runs(*operands: Any) -> Any:
+    """`batched` with a run for every sample."""
+    with patch.object(contraction, "TOGETHER", 1):
+        return batched(*operands)
 
 
 def measure(layer: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
@@ -87,12 +97,12 @@ def figures(document: dict[str, Any]) -> str:
         "Time over that of the plain weight-gradient product, medians (quartiles), on "
         f"{used['threads']} threads of a CPU, torch {used['torch']}; in bold the form that is chosen.",
         "",
-        "| B, T, d → p | a gradient, MiB | plain, ms | one by one | blocks of 10 MiB | all at once | directional |",
-        "|---|---|---|---|---|---|---|",
+        f"| B, T, d → p | a gradient, MiB | plain, ms | {' | '.join(FORMS[1:])} |",
+        "|---|---|---|" + "---|" * len(FORMS[1:]),
     ]
     for row in document["layers"]:
         batch, positions, d, p = row["layer"]
-        chosen = ALONE if SHIPPED["cpu"].forms_alone(p, d, 4) else BLOCKS
+        chosen = RUNS if SHIPPED["cpu"].forms_alone(p, d, 4) else BLOCKS
         cells = [
             f"**{pages.spread(row['ratio'][name])}**" if name == chosen else pages.spread(row["ratio"][name])
             for name in FORMS[1:]

@@ -183,13 +183,16 @@ def first_order() -> str:
         NAMES[arms[2]],
         "peak memory",
     ]
+    rounds = document["settings"]["rounds"]
     settings = (
-        f"{document['settings']['rounds']} rounds of these arms alone; medians (quartiles), and what is above the bare "
+        f"{rounds} rounds of these arms alone; medians (quartiles), and what is above the bare "
         "pass also of the quickest steps. Under AdamW the samples' gradients wait for the optimizer's step, whose "
         "second moment contains this very gradient: they are written to memory and read once more "
         "([0002](decisions/0002-keep-per-sample-gradients-for-adam.md))."
     )
-    command = "`python benchmarks/overhead.py --size 16x256x384 --family gpt2 --path left@4`\n"
+    command = (
+        f"`python benchmarks/overhead.py --size 16x256x384 --family gpt2 --rounds {rounds} --path left@4`\n"
+    )
     return "\n".join([f"## The first order\n\n{settings}\n", table(head, lines), command])
 
 

@@ -107,9 +107,7 @@ def test_rows_are_the_dense_projection_of_per_sample_gradients(name: str, projec
         compare(case, loss, projection, size=4)
 
 
-@pytest.mark.parametrize(
-    "cached", [1, bottleneck.CACHED]
-)  # one sample at a time, and all of these small ones
+@pytest.mark.parametrize("cached", [1, bottleneck.CACHED], ids=["one at a time", "all at once"])
 @pytest.mark.parametrize("projection", KINDS, ids=["random", "none", "support"])
 @pytest.mark.parametrize("name", ["mlp", "gpt", "gpt_expanded", "gpt2", "cnn"])
 def test_a_diagonal_between_gradient_and_projection(

@@ -102,8 +102,8 @@ class Watcher:
         )
         closing.callback(first_input.remove)
         watch_closing = closing.enter_context(ExitStack())
-        closing.enter_context(self._compiled.followed(capture))
-        if not (self.totals_due or self._demand.measures or self._compiled.found):
+        compiled = closing.enter_context(self._compiled.followed(capture))
+        if not (self.totals_due or self._demand.measures or compiled):
             return Watching(ids, weights, capture)  # the training runs as it is
         boundary = closing.enter_context(Boundary(self.model, self.weights, capture))
         closing.enter_context(self.processes.watching(capture.carry_over))

@@ -27,8 +27,9 @@ def forced(form: str) -> Iterator[None]:
             patch.setattr(contraction.CostModel, "samples_per_block", lambda *sizes: samples)
         patch.setattr(contraction.CostModel, "forms_alone", lambda *sizes: form == "one sample at a time")
         if form == "one sample at a time":
-            patch.setattr(layer_norm, "BLOCK", 1)
+            patch.setattr(layer_norm, "ALONE", 1)
         if form == "two at a time":
+            patch.setattr(layer_norm, "BLOCK", 1)
             patch.setattr(reading, "PIECE", 3)  # entries of a parameter
         if form == "directional":  # nor are per-sample gradients written out to be kept
             patch.setattr(probe, "per_sample_gradients", lambda *factors: None)

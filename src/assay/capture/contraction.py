@@ -263,7 +263,7 @@ def batched(
         if room is None
         else room.empty(shape, a.dtype, a.device)
     )
-    form = _in_blocks if not alone else _in_runs if a.dtype == wide else _one_by_one
+    form = _in_runs if alone else _in_blocks
     form(a, b.mT, G, place, total, products)
     return total.view(p, d).to(a.dtype), products.t()
 
@@ -284,39 +284,24 @@ def _in_blocks(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, p
             torch.mm(flat, G.t(), out=products[start:stop])
 
 
-def _one_by_one(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
-    """The same for gradients so large that three calls for each cost nothing beside it."""
-    flat = place.view(-1)
-    total.zero_()
-    for x, yt, product in zip(a.unbind(), bt.unbind(), products.unbind(), strict=True):
-        torch.mm(yt, x, out=place[0])
-        wide = flat.to(G.dtype)
-        total.add_(wide)
-        _dot(wide, G, product)
-
-
 def _in_runs(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, products: Tensor) -> None:
-    """`_one_by_one` where the products are made in the precision of their total.
+    """The same for gradients so large that three calls for each cost nothing beside it.
 
-    The products add up `TOGETHER` gradients by themselves, and each sum so far is dotted: one pass over memory less
-    for each. The difference of two such dots is a sample's own, with the rounding of a sum of no more than `TOGETHER`.
+    Where the products are made in the precision of their total, they add up `TOGETHER` gradients by themselves, and
+    each sum so far is dotted: one pass over memory less for each. The difference of two such dots is a sample's own,
+    with the rounding of a sum of no more than `TOGETHER`.
     """
-    for start in range(0, len(a), TOGETHER):
-        run = slice(start, start + TOGETHER)
-        g = total.view(place.shape[1:]) if start == 0 else place[0]
+    g, flat = place[0], place.view(-1)
+    together = TOGETHER if place.dtype == total.dtype else 1
+    for start in range(0, len(a), together):
+        run = slice(start, start + together)
         beta = 0  # of the first: what was in g is not read
         for x, yt, product in zip(a[run].unbind(), bt[run].unbind(), products[run].unbind(), strict=True):
             g.addmm_(yt, x, beta=beta)
-            _dot(g.view(-1), G, product)
             beta = 1
+            if len(G) == 1:
+                torch.dot(flat.to(G.dtype), G[0], out=product[0])
+            else:
+                torch.mv(G, flat.to(G.dtype), out=product)
         products[run][1:] = products[run].diff(dim=0)
-        if start:
-            total.add_(g.view(-1))
-
-
-def _dot(g: Tensor, G: Tensor, out: Tensor) -> None:
-    """`[targets]`: ⟨g, G_n⟩."""
-    if len(G) == 1:
-        torch.dot(g, G[0], out=out[0])
-    else:
-        torch.mv(G, g, out=out)
+        (total.add_ if start else total.copy_)(flat)

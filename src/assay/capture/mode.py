@@ -189,9 +189,8 @@ class Capture(TorchFunctionMode):
             if any(isinstance(mark, Data) for mark in marks):
                 return self._use(func, args, kwargs)
         name = name_of(func)
-        if weighs and writes_in_place(
-            func, args, kwargs
-        ):  # a derivative may be asked for later, where it was
+        if weighs and writes_in_place(func, args, kwargs):
+            # as it was: a derivative may be asked for later
             tensors = [tensors[0].detach().clone(), *tensors[1:]]
         out = func(*args, **kwargs)
         with self.faults.caught("in the forward pass"):  # of what has been run: it is not run again
@@ -312,7 +311,7 @@ class Capture(TorchFunctionMode):
                     self._set(y, known)
 
     def _known(self, tensor: Tensor) -> Mark | None:
-        tagged: tuple[object, Mark] | None = getattr(tensor, "_assay", None)
+        tagged = getattr(tensor, "_assay", None)
         return tagged[1] if tagged is not None and tagged[0] is self._token else None
 
     def _set(self, tensor: Tensor, mark: Mark) -> None:

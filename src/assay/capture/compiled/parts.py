@@ -51,16 +51,11 @@ class CompiledParts:
         self._looked = self._warned = False
         self.capture: Capture | None = None
 
-    @property
-    def found(self) -> bool:
-        """Whether a part of the model is compiled."""
-        return "torch._dynamo" in sys.modules and bool(self._present())
-
     @contextmanager
-    def followed(self, capture: Capture) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch."""
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled
-            yield
+    def followed(self, capture: Capture) -> Iterator[bool]:
+        """Around the forward and backward pass of one micro-batch; whether any part of the model is compiled."""
+        if "torch._dynamo" not in sys.modules:
+            yield False
             return
         parts = self._present()
         self.capture = capture
@@ -68,7 +63,7 @@ class CompiledParts:
             for part in parts:
                 part.open()
             try:
-                yield
+                yield bool(parts)
             finally:
                 self.capture = None
                 for part in parts:

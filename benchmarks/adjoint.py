@@ -2,9 +2,9 @@
 
 A GPT is trained with AdamW and clipping for some steps: plainly, and with snapshots; then its adjoint is taken for one
 target. On a shorter training the adjoint of one target and of eight together. One round does all of a training's arms,
-in an order that rotates, so that whatever else the machine does hits all of them alike; ratios are taken within a
-round, and the table gives medians and quartiles. Peak memory is measured in a process of its own, disk is that of the
-snapshots' files; both are set against what `assay plan` says of the same training.
+in an order drawn for it (`rounds`); ratios are taken within a round, and the table gives medians and quartiles. Peak
+memory is measured in a process of its own, disk is that of the snapshots' files; both are set against what `assay plan`
+says of the same training.
 
     python benchmarks/adjoint.py            # the sizes of docs/adjoint.md, about eight minutes on two cores
     python benchmarks/adjoint.py --quick    # one small model, nothing written
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from overhead import (
     lm_loss,
     machine,
     resident_peak,
-    summary,
-    synchronize,
 )
 from rich.console import Console
 from rich.table import Table
+from rounds import in_rounds, summary
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
@@ -122,17 +120,7 @@ def measure_time(
     """Seconds of each round by arm."""
     recorded = problem.recorded(f"{folder}/run")
     arms = {kind: arm(problem, kind, recorded) for kind in kinds}
-    result: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(options.warmup + options.rounds):
-        first = number % len(kinds)
-        for kind in (*kinds[first:], *kinds[:first]):
-            synchronize(problem.device)
-            started = time.perf_counter()
-            arms[kind]()
-            synchronize(problem.device)
-            if number >= options.warmup:
-                result[kind].append(time.perf_counter() - started)
-    return result
+    return in_rounds(arms, options.rounds, warmup=options.warmup, device=problem.device)
 
 
 def peak(problem: Problem, kind: str) -> int:

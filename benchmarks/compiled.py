@@ -2,8 +2,8 @@
 
 Arms, each with an eager and a compiled model: the plain step, the same after one gradient of the validation loss that
 is thrown away (pass), and the loop inside `assay.Run` with one first-order target (assay). All arms run in one
-process, one step of each per round in an order that rotates; a ratio is taken within a round, to the plain step of the
-same kind of model. What compiling takes (the first steps of an arm) is reported apart.
+process, one step of each per round in an order drawn for it (`rounds`); a ratio is taken within a round, to the plain
+step of the same kind of model. What compiling takes (the first steps of an arm) is reported apart.
 
     python benchmarks/compiled.py            # some minutes on two cores, most of it compiling
     python benchmarks/compiled.py --quick    # one small model, nothing written
@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from overhead import OPTIMIZERS, RESULTS, Size, build, machine, seconds, summary
+from overhead import OPTIMIZERS, RESULTS, Size, build, machine
 from rich.console import Console
 from rich.table import Table
+from rounds import Step, in_rounds, summary
 
 import assay
 
@@ -29,8 +30,6 @@ KINDS = ("plain", "pass", "assay")
 MODELS = ("eager", "compiled")
 SIZES = [Size(8, 256, 256, 2)]
 QUICK = [Size(4, 64, 64, 2)]
-
-Step = Callable[[], None]
 
 
 def arm(size: Size, options: argparse.Namespace, optimizer: str, model_kind: str, kind: str) -> Step:
@@ -84,11 +83,7 @@ def measure(size: Size, optimizer: str, options: argparse.Namespace) -> list[dic
         for _ in range(options.warmup):
             arms[key]()
         first[key] = time.perf_counter() - started
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in order}
-    for number in range(options.rounds):
-        turn = number % len(order)
-        for key in order[turn:] + order[:turn]:
-            taken[key].append(seconds(arms[key], device))
+    taken = in_rounds(arms, options.rounds, device=device)
     return [row(size, optimizer, key, taken, first[key]) for key in order]
 
 

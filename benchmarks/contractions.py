@@ -2,9 +2,9 @@
 
 For one linear layer with B samples of T positions, widths d → p and one target: the plain product; the batched form
 with one sample's gradient after the other (in runs of four and without), in blocks that stay in the last cache, and all
-at once; and the directional form (one more product). One of each per round, in an order that rotates; ratios to the
-plain product are taken within a round; medians and quartiles. `assay bench calibrate` fits the cost model's constants
-to a machine in the same way.
+at once; and the directional form (one more product). One of each per round, in an order drawn for it (`rounds`); ratios
+to the plain product are taken within a round; medians and quartiles. `assay bench calibrate` fits the cost model's
+constants to a machine in the same way.
 
     python benchmarks/contractions.py           # two minutes; writes the JSON and the figures of decision 0019
     python benchmarks/contractions.py --quick   # two small layers, nothing written
@@ -13,7 +13,7 @@ to a machine in the same way.
 from __future__ import annotations
 
 import argparse
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,8 @@ from unittest.mock import patch
 
 import pages
 import torch
-from overhead import RESULTS, machine, summary
+from overhead import RESULTS, machine
+from rounds import in_rounds, summary
 
 from assay.capture import contraction
 from assay.capture.calibration import QUICK
@@ -68,20 +69,10 @@ def without_runs(*operands: Any) -> Any:
 def measure(layer: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
     """Ratios of each form to the plain product."""
     work = forms(*layer)
-    taken: dict[str, list[float]] = {name: [] for name in FORMS}
-    for body in work.values():
-        body()
-    began, number = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds or number < 3:
-        first = number % len(FORMS)
-        for name in (*FORMS[first:], *FORMS[:first]):
-            start = time.perf_counter()
-            work[name]()
-            taken[name].append(time.perf_counter() - start)
-        number += 1
+    taken = in_rounds(work, math.inf, warmup=1, least=3, limit=seconds)
     return {
         "layer": list(layer),
-        "rounds": number,
+        "rounds": len(taken["plain"]),
         "plain": summary(taken["plain"]),
         "ratio": {
             name: summary([x / y for x, y in zip(times, taken["plain"], strict=True)])

@@ -30,6 +30,7 @@ import polars as pl
 import torch
 from recording import Arm, Form, lm_logits_loss, tokens_of
 from rich.console import Console
+from rounds import summary
 
 import assay
 from assay.embedding.recorded import Recorded
@@ -111,10 +112,10 @@ def measure_post_pass(size: Any, options: argparse.Namespace, folder: Path) -> d
     return {
         "size": size._asdict(),
         "width": Recorded(Folder(runs[lengths[0]] / "embeddings")).header.width,
-        "logging_samples_per_second": overhead.summary(logging),
-        "post_pass_samples_per_second": {str(s): overhead.summary(v) for s, v in post.items()},
-        "ratio": overhead.summary(ratios),
-        "seconds": {str(s): overhead.summary(v) for s, v in seconds.items()},
+        "logging_samples_per_second": summary(logging),
+        "post_pass_samples_per_second": {str(s): summary(v) for s, v in post.items()},
+        "ratio": summary(ratios),
+        "seconds": {str(s): summary(v) for s, v in seconds.items()},
         "line": line(middle),
         "segments": segments_of(runs[lengths[-1]], options),
         "peak_bytes": {str(steps): peak_of(run) for steps, run in runs.items()},
@@ -144,7 +145,7 @@ def segments_of(run: Path, options: argparse.Namespace) -> dict[str, Any]:
             assay.open(run).embeddings(segments=workers, workers=workers)
             values.append(time.perf_counter() - started)
     torch.set_num_threads(threads)
-    return {str(workers): overhead.summary(values) for workers, values in taken.items()}
+    return {str(workers): summary(values) for workers, values in taken.items()}
 
 
 def peak_of(run: Path) -> int:

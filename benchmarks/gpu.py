@@ -23,13 +23,11 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from overhead import seconds, summary
+from rounds import Step, in_rounds, seconds, summary
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import assay
-
-Step = Callable[[], object]
 
 
 class Shape(NamedTuple):
@@ -148,7 +146,7 @@ def table(
     apart = {kind: alone(shape, optimizer, compiled, kind, options, rounds) for kind in kinds}
     taken = {kind: found for kind, (found, _) in apart.items() if not isinstance(found, str)}
     if together:
-        taken = rotated(shape, optimizer, compiled, list(taken), options)
+        taken = interleaved(shape, optimizer, compiled, list(taken), options)
     rows: list[dict[str, Any]] = [
         {
             **what,
@@ -166,7 +164,7 @@ def table(
     ]
 
 
-def rotated(
+def interleaved(
     shape: Shape, optimizer: str, compiled: bool, kinds: Sequence[str], options: Namespace
 ) -> dict[str, list[float]]:
     """Seconds of each round, all arms on one model."""
@@ -174,14 +172,7 @@ def rotated(
     model = model_of(shape, device)
     called = torch.compile(model) if compiled else model
     arms = {kind: arm(shape, called, optimizer, kind, device) for kind in kinds}
-    taken: dict[str, list[float]] = {kind: [] for kind in arms}
-    for number in range(options.warmup + options.rounds):
-        turn = number % max(1, len(arms))
-        for kind in [*list(arms)[turn:], *list(arms)[:turn]]:
-            found = seconds(arms[kind], device)
-            if number >= options.warmup:
-                taken[kind].append(found)
-    return taken
+    return in_rounds(arms, options.rounds, warmup=options.warmup, device=device)
 
 
 def alone(

@@ -32,6 +32,7 @@ import polars as pl
 import torch
 from rich.console import Console
 from rich.table import Table
+from rounds import Step, in_rounds, seconds, summary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,31 +89,22 @@ def measure_logging(
     """Seconds of each round: a few batches logged into an open store, and the same trained without an update."""
     model, loss_fn, batches, size = case(options.quick)
     logger = _Logger(model, loss_fn, folder / name)
-    rounds: dict[str, list[float]] = {"plain": [], "logging": []}
-    arms: dict[str, Callable[[], None]] = {
+    arms: dict[str, Step] = {
         "plain": lambda: _passes(model, loss_fn, batches),
         "logging": lambda: logger.log(batches, size),
     }
-    for number in range(options.rounds + 2):
-        for arm in list(arms)[:: 1 if number % 2 else -1]:
-            taken = _seconds(arms[arm])
-            if number >= 2:
-                rounds[arm].append(taken)
+    rounds = in_rounds(arms, options.rounds, warmup=2)
     logger.close()
     count = size * len(batches)
-    curvature = _seconds(logger.curvature)
+    curvature = seconds(logger.curvature)
     return {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "batch": size,
         "rank": RANK,
         "row_bytes": logger.width * 2,
-        "examples_per_second": {
-            arm: overhead.summary([count / t for t in times]) for arm, times in rounds.items()
-        },
-        "throughput": overhead.summary(
-            [p / t for p, t in zip(rounds["plain"], rounds["logging"], strict=True)]
-        ),
+        "examples_per_second": {arm: summary([count / t for t in times]) for arm, times in rounds.items()},
+        "throughput": summary([p / t for p, t in zip(rounds["plain"], rounds["logging"], strict=True)]),
         "curvature_seconds_per_example": curvature / (count * (options.rounds + 2)),
     }
 
@@ -222,23 +214,18 @@ def measure_queries(options: argparse.Namespace, folder: Path, dtype: RowDtype) 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}[
         dtype
     ]
-    times: dict[str, list[float]] = {"search": [], "bare": []}
-    arms: dict[str, Callable[[], Any]] = {
+    arms: dict[str, Step] = {
         "search": lambda: search(place, directions),
         "bare": lambda: bare(place, directions, torch_dtype),
     }
-    for number in range(options.rounds + 1):
-        for arm in list(arms)[:: 1 if number % 2 else -1]:
-            taken = _seconds(arms[arm])
-            if number:
-                times[arm].append(taken)
+    times = in_rounds(arms, options.rounds, warmup=1)
     size = sum(file.stat().st_size for file in shards(place))
     shutil.rmtree(place)
     pairs = count * QUERIES
     return {
         "rows": count, "width": width, "dtype": dtype, "bytes": size, "queries": QUERIES,
-        "pairs_per_second": {arm: overhead.summary([pairs / t for t in taken]) for arm, taken in times.items()},
-        "throughput": overhead.summary([b / s for b, s in zip(times["bare"], times["search"], strict=True)]),
+        "pairs_per_second": {arm: summary([pairs / t for t in taken]) for arm, taken in times.items()},
+        "throughput": summary([b / s for b, s in zip(times["bare"], times["search"], strict=True)]),
     }  # fmt: skip
 
 
@@ -285,20 +272,14 @@ def measure_million(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     place = folder / "million"
     written = write_rows(place, count, width, dtype)
     directions = torch.randn(QUERIES, width)
-    times = [_seconds(lambda: search(place, directions)) for _ in range(2 if options.quick else 3)]
+    times = [seconds(lambda: search(place, directions)) for _ in range(2 if options.quick else 3)]
     memory = peak_apart(place, None, options)
     shutil.rmtree(place)
     return {
         "rows": count, "width": width, "dtype": dtype, "bytes": needed, "queries": QUERIES, "k": K,
-        "write_seconds": written, "seconds": overhead.summary(times),
-        "pairs_per_second": overhead.summary([count * QUERIES / t for t in times]), **memory,
+        "write_seconds": written, "seconds": summary(times),
+        "pairs_per_second": summary([count * QUERIES / t for t in times]), **memory,
     }  # fmt: skip
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 # --- the command ---

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import overhead
 import performance
 import performance_page
-from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size, Step, synchronize
+from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size
+from rounds import Step, seconds, synchronize
 
 import assay
 from assay.demo import CORPUS, SETTINGS
@@ -262,14 +263,9 @@ def leading(g: Tensor, rank: int) -> Tensor:
     return (u * s) @ v.t()
 
 
-def best(work: Callable[[], object], times: int = 5) -> float:
+def best(work: Step, times: int = 5) -> float:
     """Seconds of the fastest of a few calls."""
-    found = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
+    return min(seconds(work) for _ in range(times))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,10 +8,10 @@ Arms, for SGD and for AdamW:
   with the choice of what waits for the step's right end (`--path trapezoid:reduced`) and of how many steps a target's
   gradient serves (`--path left@4`).
 
-All arms run in one process, one step of each per round in an order that rotates, so that whatever else the
-machine does hits all of them alike. A ratio is taken within a round, to the plain step of the same optimizer; the
-table gives medians and quartiles of the ratios. Peak memory is measured in a process of its own for each arm, in
-which glibc gives every freed block of 128 KiB or more back at once, so that the peak is that of what is in use.
+All arms run in one process, one step of each per round in an order drawn for it (`rounds`). A ratio is taken within a
+round, to the plain step of the same optimizer; the table gives medians and quartiles of the ratios. Peak memory is
+measured in a process of its own for each arm, in which glibc gives every freed block of 128 KiB or more back at once,
+so that the peak is that of what is in use.
 
     python benchmarks/overhead.py            # the sizes of docs/results.md, about half an hour on two cores
     python benchmarks/overhead.py --quick    # one small model, under a minute, nothing written
@@ -25,10 +25,8 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rounds import Step, in_rounds, summary, synchronize
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -78,8 +77,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 KINDS = ("plain", "pass", "assay")
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
 """Environment of a process whose allocator gives memory back at once."""
-
-Step = Callable[[], None]
 
 
 def lm_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -153,21 +150,6 @@ def arm(options: argparse.Namespace, size: Size, optimizer: str, kind: str) -> S
     return with_assay
 
 
-def seconds(step: Step, device: torch.device) -> float:
-    """Wall-clock time of a step, the device idle before and after."""
-    synchronize(device)
-    started = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def measure_time(size: Size, options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
     """Seconds of each round by optimizer and kind; the first `warmup` rounds are not in them."""
     device = torch.device(options.device)
@@ -176,14 +158,7 @@ def measure_time(size: Size, options: argparse.Namespace) -> dict[tuple[str, str
         for optimizer in OPTIMIZERS
         for kind in (*KINDS, *(f"assay {path}" for path in options.path))
     }
-    order = list(arms)
-    result: dict[tuple[str, str], list[float]] = {key: [] for key in order}
-    for number in range(options.warmup + options.rounds):
-        for key in order[number % len(order) :] + order[: number % len(order)]:
-            taken = seconds(arms[key], device)
-            if number >= options.warmup:
-                result[key].append(taken)
-    return result
+    return in_rounds(arms, options.rounds, warmup=options.warmup, device=device)
 
 
 def measure_memory(size: Size, options: argparse.Namespace, optimizer: str, kind: str) -> int:
@@ -241,12 +216,6 @@ def resident_peak(afresh: bool = False) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
 def measure(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from overhead import OPTIMIZERS, VOCABULARY, Size, Step, build
+from overhead import OPTIMIZERS, VOCABULARY, Size, build
+from rounds import Step
 from torch import Tensor, nn
 
 __all__ = ["LEFT_OUT", "MODULES", "arm", "installed", "left_out"]

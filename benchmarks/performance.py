@@ -7,9 +7,10 @@ the samples (func), each dotted with the target's gradient. Further models and s
 the first order over more samples, tokens and targets, with a least-squares line through what it adds to the plain step.
 Beside the arms of the main size those of `peers.py`, where they are installed.
 
-One step of each arm per round, in an order that rotates; ratios are taken within a round, to the plain step of the same
-optimizer; medians and quartiles. Beside them the quickest step of an arm over the quickest plain one, which what else
-the machine does touches least. Rounds end when their share of the time is spent; the first order has rounds of its own.
+One step of each arm per round, in an order drawn for it (`rounds`); ratios are taken within a round, to the plain step
+of the same optimizer; medians and quartiles. Beside them the quickest step of an arm over the quickest plain one, which
+what else the machine does touches least. Rounds end when their share of the time is spent; the first order has rounds
+of its own.
 
     python benchmarks/performance.py            # about 8 minutes on two cores; JSON, docs/performance.md and its plot
     python benchmarks/performance.py --quick    # seconds, nothing written but to --out
@@ -37,7 +38,8 @@ import gpu
 import overhead
 import peers
 import performance_page
-from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size, Step, seconds, summary
+from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size
+from rounds import Step, in_rounds, summary
 
 import assay
 
@@ -205,18 +207,9 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def timed(arms: dict[str, Step], options: Namespace, limit: float) -> dict[str, list[float]]:
     """Seconds of each round; two rounds at least, then until the time is spent."""
-    device, order = torch.device(options.device), list(arms)
-    taken: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(options.warmup):
-        for name in order:
-            arms[name]()
-    started, number = time.perf_counter(), 0
-    while number < 3 or (number < options.rounds and time.perf_counter() - started < limit):
-        turn = number % len(order)
-        for name in order[turn:] + order[:turn]:
-            taken[name].append(seconds(arms[name], device))
-        number += 1
-    return taken
+    return in_rounds(
+        arms, options.rounds, warmup=options.warmup, least=3, limit=limit, device=torch.device(options.device)
+    )
 
 
 def rows(taken: dict[str, list[float]], **what: Any) -> list[dict[str, Any]]:

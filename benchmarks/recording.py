@@ -1,7 +1,7 @@
 """What recording for data value embeddings adds to a training step, by rank and support, and takes of the disk.
 
 One training step inside `assay.Run` with `DataValueEmbedding`, written to the disk, beside the plain step, for SGD and
-AdamW; one step of each per round in an order that rotates; ratios within a round, medians and quartiles.
+AdamW; one step of each per round in an order drawn for it (`rounds`); ratios within a round, medians and quartiles.
 
     python benchmarks/recording.py            # about five minutes on two cores; writes JSON and docs/embeddings.md
     python benchmarks/recording.py --quick    # seconds, nothing written
@@ -19,6 +19,7 @@ import overhead
 import pages
 import performance
 import torch
+from rounds import summary
 from torch import Tensor, nn
 
 import assay
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             ratios = [a / b for a, b in zip(own, taken["plain"], strict=True)]
             row = {
                 "size": size._asdict(), "optimizer": optimizer, **form._asdict(), "rounds": len(own),
-                "seconds": overhead.summary(own), "ratio": overhead.summary(ratios),
+                "seconds": summary(own), "ratio": summary(ratios),
                 "quickest": min(own) / min(taken["plain"]), "bytes_per_sample": bytes_per_sample(out),
             }  # fmt: skip
             found.append(row)

@@ -289,20 +289,6 @@ def test_gradients_formed_a_sample_at_a_time_are_those_formed_at_once(
         torch.testing.assert_close(one_by_one, once, rtol=1e-10, atol=1e-14)
 
 
-def test_memory_is_used_again_once_nothing_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LARGE", 1)
-    memory, cpu = room.Room(), torch.device("cpu")
-    first = memory.empty((4, 3), torch.float32, cpu)
-    part, place = first[1:], first.data_ptr()
-    del first  # a view of it is still there
-    other = memory.empty((4, 3), torch.float32, cpu).data_ptr()
-    assert other != place
-    del part
-    assert {memory.empty((2, 6), torch.bfloat16, cpu).data_ptr() for _ in range(4)} <= {place, other}
-    memory.clear()
-    assert memory._free == []
-
-
 def test_a_budget_is_kept() -> None:
     _, run = record("sgd", projection=assay.Projection(rank=16), budget=30)
     found = recorded(run).header

@@ -236,9 +236,8 @@ def batched(
     """Blocks of per-sample gradients, summed and dotted before the next block is formed.
 
     Large gradients are formed one by one: plain products, sums and dots of one matrix share their work out to the
-    threads evenly, where a batched product hands each thread whole matrices and waits for the slowest. Their longer
-    side becomes the rows, which the threads share more evenly than columns. Small ones are formed in as few blocks as
-    the cache allows (benchmarks/contractions.py).
+    threads evenly, where a batched product hands each thread whole matrices and waits for the slowest. Small ones are
+    formed in as few blocks as the cache allows (benchmarks/contractions.py).
 
     Args:
         a: `[B, T, d]`.
@@ -249,9 +248,6 @@ def batched(
     """
     batch, d, p = a.shape[0], a.shape[2], b.shape[2]
     alone = cost.forms_alone(p, d, a.element_size())
-    if alone and p < d:
-        total, products = batched(b, a, directions.mT, cost, room)
-        return total.mT, products
     wide = torch.promote_types(a.dtype, torch.float32)
     G = directions.reshape(-1, p * d).to(wide)  # [targets, p·d]
     total = torch.empty(p * d, dtype=wide, device=a.device)
@@ -289,16 +285,18 @@ def _in_runs(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, pro
 
     Where the products are made in the precision of their total, they add up `TOGETHER` gradients by themselves, and
     each sum so far is dotted: one pass over memory less for each. The difference of two such dots is a sample's own,
-    with the rounding of a sum of no more than `TOGETHER`.
+    with the rounding of a sum of no more than `TOGETHER`. A gradient with more columns than rows is formed in two
+    halves, which the threads share more evenly.
     """
     g, flat = place[0], place.view(-1)
+    halves = 2 if g.shape[0] < g.shape[1] else 1
+    pieces = list(zip(g.chunk(halves, 1), a.chunk(halves, 2), strict=True))
     together = TOGETHER if place.dtype == total.dtype else 1
     for start in range(0, len(a), together):
         run = slice(start, start + together)
-        beta = 0  # of the first: what was in g is not read
-        for x, yt, product in zip(a[run].unbind(), bt[run].unbind(), products[run].unbind(), strict=True):
-            g.addmm_(yt, x, beta=beta)
-            beta = 1
+        for i, (yt, product) in enumerate(zip(bt[run].unbind(), products[run].unbind(), strict=True), start):
+            for columns, x in pieces:
+                columns.addmm_(yt, x[i], beta=int(i > start))  # with 0, what was there is not read
             if len(G) == 1:
                 torch.dot(flat.to(G.dtype), G[0], out=product[0])
             else:

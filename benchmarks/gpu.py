@@ -8,9 +8,9 @@
 * llama: 32 layers of width 4096, grouped queries, 128k tokens, random weights in bfloat16, every layer under activation
   checkpointing, SGD without momentum: the plain step, a bare validation pass, the first order.
 
-All arms of GPT-2 train one model, each with an optimizer of its own, one step of each per round in an order that
-rotates. Llama's come one after the other, each with a model of its own, as no two fit. Peak memory is that of an arm
-alone. What does not run is reported so.
+All arms of GPT-2 train one model, each with an optimizer of its own, one step of each per round in an order drawn for
+it (`rounds`). Llama's come one after the other, each with a model of its own, as no two fit. Peak memory is that of an
+arm alone. What does not run is reported so.
 """
 
 from __future__ import annotations

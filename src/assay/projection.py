@@ -24,7 +24,7 @@ from assay.capture import Weights
 from assay.capture.bottleneck import projected, stream_factors
 from assay.capture.factors import Factors
 from assay.capture.marks import Weight
-from assay.capture.probe import WHOLE
+from assay.capture.recorder import WHOLE
 from assay.capture.sides import Sides, one_of_each_run
 from assay.errors import InputError
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -178,12 +179,13 @@ def _forms(
 
 
 def _seconds(forms: dict[Any, Callable[[], Any]], device: torch.device, rounds: int) -> dict[Any, float]:
-    """Median seconds of each."""
+    """Median seconds of each, in an order drawn for every round: what ran before leaves its mark on the caches."""
     taken: dict[Any, list[float]] = {name: [] for name in forms}
+    drawn = random.Random(0)
     for number in range(rounds + 2):
-        for name, body in forms.items():
+        for name in drawn.sample(list(forms), len(forms)):
             start = time.perf_counter()
-            body()
+            forms[name]()
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             if number >= 2:

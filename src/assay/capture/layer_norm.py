@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from assay.capture.factors import Dense, Factors
 from assay.capture.marks import Weight
-from assay.capture.probe import Recorder
+from assay.capture.recorder import Recorder
 
 __all__ = ["ObservedLayerNorm"]
 

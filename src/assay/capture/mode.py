@@ -35,8 +35,6 @@ from assay.capture.call import (
     writes_in_place,
 )
 from assay.capture.coverage import Coverage
-from assay.capture.factors import Factors, apart_from
-from assay.capture.held import Held, number_of
 from assay.capture.layout import Layout
 from assay.capture.marks import (
     CONSTANT,
@@ -49,10 +47,9 @@ from assay.capture.marks import (
     derive,
     rows_looked_up,
 )
-from assay.capture.probe import WHOLE, Explain, Observe, ObserveInPlace, Use
-from assay.capture.products import products, through_pairs
+from assay.capture.probe import Explain, Observe, ObserveInPlace, Use
+from assay.capture.recorder import Recorder
 from assay.capture.room import Room
-from assay.capture.rounding import rounded
 from assay.capture.tokens import ByToken, positions_in
 from assay.capture.track import follow
 from assay.capture.track.tokens import follow_tokens
@@ -63,34 +60,24 @@ from assay.faults import Faults
 __all__ = ["Capture"]
 
 
-class Capture(TorchFunctionMode):
+class Capture(Recorder, TorchFunctionMode):
     """Watches one micro-batch: active from before the forward pass until after the backward pass.
 
     Args:
         weights: the parameters to watch.
         batch: B, the number of samples.
-        directions: `{parameter: [targets, *shape]}` along which per-sample gradients are measured; None measures
-            nothing now.
-        keep: the parameters whose per-sample gradients are to be kept in `kept`, for a contraction later; beside the
-            measurement along `directions`, if there is one.
-        rounded: keep them in bfloat16 where they are float32.
+        directions: along which per-sample gradients are measured, and `keep`, `rounded`, `faults` and `room`: as
+            `Recorder` has them. An error in following the calls is a fault as well.
         strict: leave torch's own weight gradients untouched, bit for bit.
         by_token: follow the positions of the sequences, so that what is kept can be taken apart by token (`tokens`).
-        faults: what becomes of an error in following the calls.
         coverage: where uses are noted.
         refused: collects parameters with uses that no rule follows, and why; None raises at the first.
-        room: memory for per-sample gradients that are kept.
 
     Attributes:
-        probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
         uses: how many there were, those in the backward pass (checkpoints) not counted again.
         paused: while true, calls pass unseen.
         in_compiled_backward: while true, only calls with gradients are seen: a checkpoint that runs its forward pass
             again.
-        kept: the per-sample gradients of the parameters in `keep`, use by use.
-        takes: called with each weight, its factored gradients when the backward pass meets a use, and whose they are:
-            long ones come a few samples at a time.
-        looking: takes their place, and that of all else, in a backward pass of somebody's own (`look`).
         positions: T of the longest sequence that entered the model, where tokens are followed.
     """
 
@@ -109,25 +96,16 @@ class Capture(TorchFunctionMode):
         refused: dict[Parameter, str] | None = None,
         room: Room | None = None,
     ) -> None:
-        super().__init__()
-        self.faults = faults or Faults()
-        self.weights, self.batch, self.directions = weights, batch, directions
-        self.keep_params, self.rounded, self.strict = frozenset(keep), rounded, strict
+        TorchFunctionMode.__init__(self)
+        Recorder.__init__(
+            self, weights, batch, directions, keep=keep, rounded=rounded, faults=faults, room=room
+        )
+        self.strict, self.refused = strict, refused
         self.coverage = coverage if coverage is not None else Coverage(weights.names)
-        self.refused, self.room = refused, room
-        self.kept: list[tuple[Weight, Factors]] = []
-        self.takes: list[Callable[[Weight, Factors, slice], None]] = []
-        self.looking: Callable[[Weight, Factors], None] | None = None
-        some = next(iter(weights.params))
-        targets = number_of(directions) if directions else 1
-        dtype = torch.promote_types(some.dtype, torch.float32)
-        shape = (weights.number_of_groups, targets, batch)
-        self.probe = torch.zeros(shape, dtype=dtype, device=some.device, requires_grad=True)
         self.by_token, self.positions = by_token, 0
         self.uses = 0
         self.paused = self.in_compiled_backward = False
         self._token = object()
-        self._pushed: dict[Weight, dict[int, Tensor]] = {}
 
     # --- every call ---
 
@@ -161,14 +139,6 @@ class Capture(TorchFunctionMode):
                 out = func(*args, **kwargs)  # where the call itself was wrong, this raises its error
             self.fault("in the forward pass", error)
             return out
-
-    def fault(self, where: str, error: Exception) -> None:
-        """An error in following a call or its gradient.
-
-        Where it is not raised, what follows is watched as before: a checkpointed part that runs again must save the
-        same tensors as it did the first time.
-        """
-        self.faults.note(where, error)
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `func` and mark its result."""
@@ -294,14 +264,6 @@ class Capture(TorchFunctionMode):
         finally:
             self.paused = before
 
-    def look(self, y: Tensor, gradient: Tensor, take: Callable[[Weight, Factors], None]) -> None:
-        """Run backward from `y` with another gradient, the graph kept; `take` alone gets the factored gradients."""
-        self.looking = take
-        try:
-            torch.autograd.grad(y, self.probe, gradient, retain_graph=True, allow_unused=True)
-        finally:
-            self.looking = None
-
     def carry_over(self, before: Any, after: Any) -> None:
         """What is known of tensors holds of their copies, made where no call was seen (a custom Function)."""
         for x, y in zip(tree_leaves(before), tree_leaves(after), strict=False):
@@ -403,64 +365,6 @@ class Capture(TorchFunctionMode):
     def names_of(self, weight: Weight | None) -> str:
         """The names of the parameters behind a weight."""
         return ", ".join(self.weights.names[param] for param in weight.params) if weight is not None else "?"
-
-    def keeps(self, weight: Weight) -> bool:
-        """Whether the per-sample gradients of this weight wait for a later contraction."""
-        return not self.keep_params.isdisjoint(weight.params)
-
-    def keep(self, weight: Weight, factors: Factors) -> None:
-        """Keep the per-sample gradients of one use."""
-        self.kept.append((weight, rounded(factors) if self.rounded else factors))
-
-    def directions_of(self, weight: Weight) -> dict[int, Tensor]:
-        """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight.
-
-        What is held in another form is written out for each use and not kept.
-        """
-        if self.directions is None:
-            return {}
-        if isinstance(self.directions, Held):
-            return weight.push(self.directions)
-        if weight not in self._pushed:
-            self._pushed[weight] = weight.push(self.directions)
-        return self._pushed[weight]
-
-    def products_by_pairs(self, weight: Weight, factors: Factors) -> dict[int, Tensor] | None:
-        """`{group: [targets, B]}` without writing a direction out; None where that takes longer."""
-        return through_pairs(weight, factors, self.directions, rides=True)
-
-    def own_kept(self, gradients: Iterable[Tensor]) -> None:
-        """After the backward pass: nothing that is kept shares memory with these, the parameters' gradients."""
-        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
-        self.kept = [(weight, apart_from(factors, storages)) for weight, factors in self.kept]
-
-    def hand_on(self, weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
-        """Show a use, or that of some samples, to those who take the factored gradients as they come."""
-        for take in self.takes:
-            take(weight, factors, part)
-
-    def release(self) -> list[tuple[Weight, Factors]]:
-        """Hand over what was kept; the capture itself may live on, in cycles, until garbage is collected."""
-        kept, self.kept, self.directions, self._pushed = self.kept, [], None, {}
-        return kept
-
-    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
-        """`[groups, targets, B]`: the inner products of these uses; those to be kept are."""
-        scores = torch.zeros_like(like)
-        for weight, factors in uses:
-            if self.looking is not None:
-                self.looking(weight, factors)
-                continue
-            self.hand_on(weight, factors)
-            if self.keeps(weight):
-                self.keep(weight, factors)
-            if isinstance(self.directions, Held):
-                for group, found in products(weight, factors, self.directions).items():
-                    scores[group] += found
-                continue
-            for group, directions in self.directions_of(weight).items():
-                scores[group] += factors.dot(directions)
-        return scores
 
 
 # calls that return no tensor and change none, of which a model makes as many as of all others

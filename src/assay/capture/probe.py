@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,54 +21,13 @@ from assay.capture.contraction import Blocks, per_sample_gradients, weight_gradi
 from assay.capture.factors import Dense, Factors, Outer
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight
-from assay.capture.room import Room
+from assay.capture.recorder import Recorder
 from assay.capture.rounding import Rounded
 
-__all__ = ["WHOLE", "Observe", "ObserveInPlace", "ObservedLinear", "Recorder", "Use"]
-
-WHOLE = slice(None)  # all samples of a micro-batch
+__all__ = ["Explain", "Observe", "ObserveInPlace", "ObservedLinear", "Use"]
 
 # what the gradient of an operation's output and its saved tensors say of the weights it used
 Explain = Callable[[Tensor, Sequence[Tensor]], Sequence[tuple[Weight, Factors]]]
-
-
-class Recorder(Protocol):
-    """What is done with the factored gradients of a use; `capture.Capture` is the one implementation."""
-
-    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
-        """`[groups, targets, B]`: the gradient of the probe for these uses."""
-        ...
-
-    def directions_of(self, weight: Weight) -> dict[int, Tensor]:
-        """`{group: [targets, *weight.shape]}`."""
-        ...
-
-    def products_by_pairs(self, weight: Weight, factors: Factors) -> dict[int, Tensor] | None:
-        """`{group: [targets, B]}` without writing a direction out; None where that takes longer."""
-        ...
-
-    def keeps(self, weight: Weight) -> bool:
-        """Whether the per-sample gradients of this weight are kept for a later contraction."""
-        ...
-
-    def keep(self, weight: Weight, factors: Factors) -> None:
-        """Keep the per-sample gradients of one use."""
-        ...
-
-    def hand_on(self, weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
-        """Show a use to those who take the factored gradients as they come; `record` does so itself.
-
-        The factors are those of the samples of `part`.
-        """
-        ...
-
-    def fault(self, where: str, error: Exception) -> None:
-        """Raise an error of the capture's own, or stop recording."""
-        ...
-
-    looking: Callable[[Weight, Factors], None] | None
-    room: Room | None
-    rounded: bool
 
 
 @dataclass(frozen=True)

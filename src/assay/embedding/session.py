@@ -22,7 +22,7 @@ from assay.capture import Capture
 from assay.capture.bottleneck import projected_through, refuse_uncovered, small_projected_twice, small_uses
 from assay.capture.factors import Dense, Factors
 from assay.capture.marks import Weight
-from assay.capture.probe import WHOLE
+from assay.capture.recorder import WHOLE
 from assay.embedding.draws import logits_of, output_gradients
 from assay.embedding.header import SCALARS, Header, write_header
 from assay.embedding.hosted import Hosted

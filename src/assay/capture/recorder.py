@@ -1,0 +1,146 @@
+"""What becomes of the factored gradients of a use: measured along directions, kept, shown to those who take them.
+
+The nodes of `probe` call it in the backward pass, with what a use leaves (`factors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from assay.capture.factors import Factors, apart_from
+from assay.capture.held import Held, number_of
+from assay.capture.marks import Directions, Weight
+from assay.capture.products import products, through_pairs
+from assay.capture.room import Room
+from assay.capture.rounding import rounded
+from assay.capture.weights import Weights
+from assay.faults import Faults
+
+__all__ = ["WHOLE", "Recorder"]
+
+WHOLE = slice(None)  # all samples of a micro-batch
+
+
+class Recorder:
+    """Measures and keeps the per-sample gradients of one micro-batch.
+
+    Args:
+        weights: the parameters to watch.
+        batch: B, the number of samples.
+        directions: `{parameter: [targets, *shape]}` along which per-sample gradients are measured; None measures
+            nothing now.
+        keep: the parameters whose per-sample gradients are to be kept in `kept`, for a contraction later; beside the
+            measurement along `directions`, if there is one.
+        rounded: keep them in bfloat16 where they are float32.
+        faults: what becomes of an error.
+        room: memory for per-sample gradients that are kept.
+
+    Attributes:
+        probe: `[groups, targets, B]`, zeros; after the backward pass `probe.grad` holds ⟨g_i, G_n⟩ by group.
+        kept: the per-sample gradients of the parameters in `keep`, use by use.
+        takes: called with each weight, its factored gradients when the backward pass meets a use, and whose they are:
+            long ones come a few samples at a time.
+        looking: takes their place, and that of all else, in a backward pass of somebody's own (`look`).
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        batch: int,
+        directions: Directions | None = None,
+        *,
+        keep: Collection[Parameter] = (),
+        rounded: bool = False,
+        faults: Faults | None = None,
+        room: Room | None = None,
+    ) -> None:
+        self.weights, self.batch, self.directions = weights, batch, directions
+        self.keep_params, self.rounded = frozenset(keep), rounded
+        self.faults, self.room = faults or Faults(), room
+        self.kept: list[tuple[Weight, Factors]] = []
+        self.takes: list[Callable[[Weight, Factors, slice], None]] = []
+        self.looking: Callable[[Weight, Factors], None] | None = None
+        self._pushed: dict[Weight, dict[int, Tensor]] = {}
+        some = next(iter(weights.params))
+        targets = number_of(directions) if directions else 1
+        dtype = torch.promote_types(some.dtype, torch.float32)
+        shape = (weights.number_of_groups, targets, batch)
+        self.probe = torch.zeros(shape, dtype=dtype, device=some.device, requires_grad=True)
+
+    def record(self, uses: Sequence[tuple[Weight, Factors]], like: Tensor) -> Tensor:
+        """`[groups, targets, B]`: the inner products of these uses; those to be kept are."""
+        scores = torch.zeros_like(like)
+        for weight, factors in uses:
+            if self.looking is not None:
+                self.looking(weight, factors)
+                continue
+            self.hand_on(weight, factors)
+            if self.keeps(weight):
+                self.keep(weight, factors)
+            if isinstance(self.directions, Held):
+                for group, found in products(weight, factors, self.directions).items():
+                    scores[group] += found
+                continue
+            for group, directions in self.directions_of(weight).items():
+                scores[group] += factors.dot(directions)
+        return scores
+
+    def keeps(self, weight: Weight) -> bool:
+        """Whether the per-sample gradients of this weight wait for a later contraction."""
+        return not self.keep_params.isdisjoint(weight.params)
+
+    def keep(self, weight: Weight, factors: Factors) -> None:
+        """Keep the per-sample gradients of one use."""
+        self.kept.append((weight, rounded(factors) if self.rounded else factors))
+
+    def hand_on(self, weight: Weight, factors: Factors, part: slice = WHOLE) -> None:
+        """Show a use, or that of some samples, to those who take the factored gradients as they come."""
+        for take in self.takes:
+            take(weight, factors, part)
+
+    def directions_of(self, weight: Weight) -> dict[int, Tensor]:
+        """`{group: [targets, *weight.shape]}`: the directions pushed through to this weight; once per weight.
+
+        What is held in another form is written out for each use and not kept.
+        """
+        if self.directions is None:
+            return {}
+        if isinstance(self.directions, Held):
+            return weight.push(self.directions)
+        if weight not in self._pushed:
+            self._pushed[weight] = weight.push(self.directions)
+        return self._pushed[weight]
+
+    def products_by_pairs(self, weight: Weight, factors: Factors) -> dict[int, Tensor] | None:
+        """`{group: [targets, B]}` without writing a direction out; None where that takes longer."""
+        return through_pairs(weight, factors, self.directions, rides=True)
+
+    def look(self, y: Tensor, gradient: Tensor, take: Callable[[Weight, Factors], None]) -> None:
+        """Run backward from `y` with another gradient, the graph kept; `take` alone gets the factored gradients."""
+        self.looking = take
+        try:
+            torch.autograd.grad(y, self.probe, gradient, retain_graph=True, allow_unused=True)
+        finally:
+            self.looking = None
+
+    def own_kept(self, gradients: Iterable[Tensor]) -> None:
+        """After the backward pass: nothing that is kept shares memory with these, the parameters' gradients."""
+        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        self.kept = [(weight, apart_from(factors, storages)) for weight, factors in self.kept]
+
+    def release(self) -> list[tuple[Weight, Factors]]:
+        """Hand over what was kept; the capture itself may live on, in cycles, until garbage is collected."""
+        kept, self.kept, self.directions, self._pushed = self.kept, [], None, {}
+        return kept
+
+    def fault(self, where: str, error: Exception) -> None:
+        """An error in following a call or its gradient.
+
+        Where it is not raised, what follows is watched as before: a checkpointed part that runs again must save the
+        same tensors as it did the first time.
+        """
+        self.faults.note(where, error)

@@ -275,7 +275,8 @@ class Run:
         """How each parameter is covered: `parameter, entries, percent, status, operations`.
 
         Known once a step has been taken; `status` is "exact", "forward mode" or "sample loop" (exact by a fallback,
-        with its cost under `operations`), "unused", "excluded", "frozen" or "not optimized".
+        with its cost under `operations`), "unused", "not measured" (nor is any other: snapshots alone under
+        `check="off"`), "excluded", "frozen" or "not optimized".
         """
         return self._coverage.frame()
 

@@ -152,6 +152,7 @@ def test_a_run_that_only_takes_snapshots_captures_no_more_than_the_check(check: 
             model(x[:3])
     assert model.modes[-4:] == ["NoneType"] * 4
     assert ("Capture" in model.modes) == (check == "first")
+    assert set(run.coverage()["status"]) == {"exact" if check == "first" else "not measured"}
     assert torch.allclose(model.weight, plain.weight)
     if check == "off":
         assert torch.equal(model.weight, plain.weight)

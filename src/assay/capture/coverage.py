@@ -42,7 +42,9 @@ class Coverage:
             self.uses[param] = {cost: 1}
 
     def _status(self, param: Parameter) -> str:
-        return self.fallbacks.get(param, "exact") if param in self.uses else "unused"
+        if param in self.uses:
+            return self.fallbacks.get(param, "exact")
+        return "unused" if self.uses else "not measured"
 
     def check_all_seen(self) -> None:
         """Every parameter that has a gradient has been seen in use.
@@ -64,7 +66,8 @@ class Coverage:
         """One row per parameter: `parameter, entries, percent, status, operations`.
 
         `status` is "exact", "forward mode" or "sample loop" (exact by these fallbacks, with their cost under
-        `operations`), "unused" (no sample used it so far), "excluded", "frozen" or "not optimized".
+        `operations`), "unused" (no sample used it so far), "not measured" (the capture has seen no use of
+        any), "excluded", "frozen" or "not optimized".
         """
         rows = [
             (name, param.numel(), self._status(param), ", ".join(self.uses.get(param, {})))

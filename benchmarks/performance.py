@@ -12,7 +12,7 @@ of the same optimizer; medians and quartiles. Beside them the quickest step of a
 what else the machine does touches least. Rounds end when their share of the time is spent; the first order has rounds
 of its own.
 
-    python benchmarks/performance.py            # about 8 minutes on two cores; JSON, docs/performance.md and its plot
+    python benchmarks/performance.py            # about 12 minutes on two cores; JSON, docs/performance.md and its plot
     python benchmarks/performance.py --quick    # seconds, nothing written but to --out
     python benchmarks/performance.py --page     # the page alone, from the JSON
     python benchmarks/performance.py --device cuda  # the tables of `gpu`, and the page
@@ -39,7 +39,7 @@ import overhead
 import peers
 import performance_page
 from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size
-from rounds import Step, in_rounds, summary
+from rounds import Arm, Step, in_rounds, summary
 
 import assay
 
@@ -205,7 +205,7 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
-def timed(arms: dict[str, Step], options: Namespace, limit: float) -> dict[str, list[float]]:
+def timed(arms: dict[Arm, Step], options: Namespace, limit: float) -> dict[Arm, list[float]]:
     """Seconds of each round; two rounds at least, then until the time is spent."""
     return in_rounds(
         arms, options.rounds, warmup=options.warmup, least=3, limit=limit, device=torch.device(options.device)
@@ -235,18 +235,19 @@ def slopes(options: Namespace, share: float) -> list[dict[str, Any]]:
     """What the first order adds to the plain step over samples, tokens and targets, and a line through it."""
     found = []
     for along, numbers in ALONG.items():
-        added, ratios = [], []
-        for n in numbers[:2] if options.quick else numbers:
+        numbers = numbers[:2] if options.quick else numbers
+        arms: dict[tuple[int, str], Step] = {}
+        for n in numbers:
             size = (QUICK if options.quick else BASE)._replace(
                 **({"batch": n} if along == "samples" else {"context": n} if along == "tokens" else {})
             )
             targets = n if along == "targets" else 1
-            arms = {kind: arm("gpt", size, "sgd", kind, options, targets) for kind in ("plain", "assay")}
-            taken = timed(arms, options, share)
-            pairs = list(zip(taken["assay"], taken["plain"], strict=True))
-            added.append(summary([a - p for a, p in pairs])["median"])
-            ratios.append(summary([a / p for a, p in pairs])["median"])
-        numbers = numbers[: len(added)]
+            for kind in ("plain", "assay"):
+                arms[n, kind] = arm("gpt", size, "sgd", kind, options, targets)
+        taken = timed(arms, options, share)  # all sizes in each round: the machine's pace is the same for all
+        pairs = {n: list(zip(taken[n, "assay"], taken[n, "plain"], strict=True)) for n in numbers}
+        added = [summary([a - p for a, p in pairs[n]])["median"] for n in numbers]
+        ratios = [summary([a / p for a, p in pairs[n]])["median"] for n in numbers]
         found.append(
             {
                 "along": along,
@@ -293,7 +294,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         what = {"table": "others", "family": family, "size": size._asdict(), "optimizer": "sgd"}
         found += rows(timed(arms, options, 0.25 * options.seconds / len(OTHERS)), **what)
     print(f"other sizes: {time.perf_counter() - started:.0f} s", flush=True)
-    lines = slopes(options, 0.1 * options.seconds / 12)
+    lines = slopes(options, 0.2 * options.seconds / len(ALONG))
     took = round(time.perf_counter() - started)
     return {"rows": found, "slopes": lines, "left_out": peers.left_out(), "took_seconds": took}
 
@@ -304,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes; writes only to --out")
     parser.add_argument("--page", action="store_true", help="write the page from the JSON, measure nothing")
     parser.add_argument(
-        "--seconds", type=float, default=400.0, help="about how long to measure, warm-up not counted"
+        "--seconds", type=float, default=600.0, help="about how long to measure, warm-up not counted"
     )
     parser.add_argument("--rounds", type=int, default=40, help="of each arm at most")
     parser.add_argument("--warmup", type=int, default=2)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Step", "in_rounds", "seconds", "summary", "synchronize"]
+__all__ = ["Arm", "Step", "in_rounds", "seconds", "summary", "synchronize"]
 
 Step = Callable[[], object]
 Arm = TypeVar("Arm", bound=Hashable)

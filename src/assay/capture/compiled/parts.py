@@ -70,17 +70,24 @@ class CompiledParts:
                     part.close()
 
     def notice(self) -> None:
-        """In a forward pass of the model: warn where it is called inside a compiled function of the user's own."""
-        if self._parts or self._warned or "torch._dynamo" not in sys.modules:
+        """In a forward pass of the model: look once for what compiled code it is called from.
+
+        A wrapper around the model, beside which the user kept the model itself, is followed from the next micro-batch
+        on. A compiled function of the user's own cannot be.
+        """
+        if self._looked or "torch._dynamo" not in sys.modules:
             return
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
             if frame.f_code.co_name == "compile_wrapper":
-                self.warn(
-                    "function around the model",
-                    "assay follows compiled modules only; compile the model itself, not the function that calls it",
-                )
+                self._looked = True
+                self._outer = _settings_of_wrapper(self._model)
+                if self._outer is None and not self._parts:
+                    self.warn(
+                        "function around the model",
+                        "assay follows compiled modules only; compile the model itself, not the function that calls it",
+                    )
                 return
 
     def current(self) -> Capture:
@@ -110,9 +117,6 @@ class CompiledParts:
 
     def _present(self) -> list[_Part]:
         """The outermost compiled parts."""
-        if not self._looked:
-            self._looked = True
-            self._outer = _settings_of_wrapper(self._model)
         found = {self._model: self._outer} if self._outer is not None else {}
         inside: set[Module] = set(self._model.modules()) if found else set()
         for module in self._model.modules():
@@ -233,9 +237,10 @@ def _settings(module: Module) -> tuple[Module, Any]:
 
 
 def _settings_of_wrapper(model: Module) -> Any:
-    """What a compiled wrapper somewhere around the model was made with: the user may keep both."""
-    for thing in gc.get_objects():
-        if type(thing) is torch._dynamo.eval_frame.OptimizedModule and thing._modules["_orig_mod"] is model:
+    """What a compiled wrapper around the model was made with."""
+    kind = torch._dynamo.eval_frame.OptimizedModule
+    for thing in gc.get_referrers(kind):  # its instances are among them
+        if type(thing) is kind and thing._modules["_orig_mod"] is model:
             return thing.dynamo_ctx
     return None
 

@@ -143,13 +143,15 @@ def test_an_optimizer_without_momentum_has_nothing_to_share(momentum: str) -> No
 # --- the sketch
 
 
+def shared(optimizer: str, momentum: str, **options: object) -> pl.DataFrame:
+    run, _, _ = train(OPTIMIZERS[optimizer], targets(), momentum=momentum, **options)  # type: ignore[arg-type]
+    return run.ledger.steps("loss")
+
+
 def both(optimizer: str, **options: object) -> tuple[pl.DataFrame, pl.DataFrame]:
-    frames = []
-    for momentum in ("exact", "sketch"):
-        run, _, _ = train(OPTIMIZERS[optimizer], targets(), momentum=momentum, **options)  # type: ignore[arg-type]
-        frames.append(run.ledger.steps("loss"))
-    assert frames[0]["id"].equals(frames[1]["id"])
-    return frames[0], frames[1]
+    exact, sketched = (shared(optimizer, momentum, **options) for momentum in ("exact", "sketch"))
+    assert exact["id"].equals(sketched["id"])
+    return exact, sketched
 
 
 @pytest.mark.parametrize("path", ["left", "simpson"])
@@ -174,9 +176,10 @@ def test_folding_is_right_on_average(optimizer: str, monkeypatch: pytest.MonkeyP
     """Over many draws of the signs the mean comes near the exact inner products, before any correction."""
     monkeypatch.setattr(SketchTail, "_corrected", lambda self, step, late, spread, carried: late)
     init, draws = SketchTail.__init__, []
+    exact = shared(optimizer, "exact", sketch=23, steps=3)
     for seed in range(40):
         monkeypatch.setattr(SketchTail, "__init__", partialmethod(init, seed=seed))
-        exact, sketched = both(optimizer, sketch=23, steps=3)
+        sketched = shared(optimizer, "sketch", sketch=23, steps=3)
         draws.append((sketched["value"] - exact["value"]).to_numpy())
     error = np.stack(draws)  # [draws, rows]
     noisy = error.std(0) > 0

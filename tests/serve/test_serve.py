@@ -224,6 +224,7 @@ def test_in_a_browser(address: str, width: int) -> None:
         assert page.evaluate("window.hacked") is None
         page.click("#close")
         page.fill("#words", "")
+        assert "words=&" in page.get_attribute("#export-positive", "href")  # at once, not with the list
         page.fill("#text", "And God said, Let there be light")
         page.click("#ask")
         page.wait_for_selector("#answers .item")
@@ -232,5 +233,19 @@ def test_in_a_browser(address: str, width: int) -> None:
         with page.expect_download() as download:
             page.click("#export-positive")
         assert len(Path(download.value.path()).read_text().splitlines()) > 3
+        held: list[Any] = []
+        page.route("**/api/documents?*words=window*", lambda route: held.append(route))
+        page.fill("#words", "window.hacked")
+        while not held:
+            page.wait_for_timeout(20)
+        with page.expect_response("**/api/documents?*words=God*"):
+            page.fill("#words", "God")
+        page.wait_for_timeout(100)
+        shown = page.inner_text("#page")
+        assert shown != "1–1 of 1"
+        with page.expect_response("**/api/documents?*words=window*"):
+            held[0].continue_()
+        page.wait_for_timeout(100)
+        assert page.inner_text("#page") == shown  # the answer to an older question comes too late
         browser.close()
     assert noise == []

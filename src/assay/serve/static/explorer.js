@@ -46,19 +46,25 @@
 
   const filter = () => ({ target: $("target").value, column: $("column").value, group: $("group").value, words: $("words").value });
 
+  let asked = 0;
   async function show() {
-    const query = new URLSearchParams({ ...filter(), order: $("order").value, page });
+    links();
+    const own = ++asked, query = new URLSearchParams({ ...filter(), order: $("order").value, page });
     const found = await ask(`/api/documents?${query}`);
+    if (own !== asked) return; // the answer to an older question
     list(found.rows, $("documents"), false);
     const last = Math.max(0, Math.ceil(found.total / found.size) - 1);
     $("page").textContent = found.total ? `${found.page * found.size + 1}–${Math.min(found.total, (found.page + 1) * found.size)} of ${found.total.toLocaleString("en")}` : "0 documents";
     $("back").disabled = page === 0;
     $("forth").disabled = page >= last;
-    $("export").href = `/api/export?${new URLSearchParams(filter())}`;
-    $("export-positive").href = `/api/export?${new URLSearchParams({ ...filter(), drop: "negative" })}`;
     const share = run.targets.find((target) => target.name === $("target").value)?.explained;
     $("explained").textContent = share === null || share === undefined ? "The real loss drop of this target was not measured."
       : `Value: how much the document lowered (+) or raised (−) this target’s loss in the run, in that loss’s unit. The account explains ${(100 * share).toFixed(0)} % of the real drop.`;
+  }
+
+  function links() {
+    $("export").href = `/api/export?${new URLSearchParams(filter())}`;
+    $("export-positive").href = `/api/export?${new URLSearchParams({ ...filter(), drop: "negative" })}`;
   }
 
   async function search() {
@@ -135,7 +141,7 @@
     ["target", "group", "order"].forEach((id) => $(id).addEventListener("change", again));
     $("column").addEventListener("change", () => { groups(); again(); });
     let waiting;
-    $("words").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(again, 200); });
+    $("words").addEventListener("input", () => { links(); clearTimeout(waiting); waiting = setTimeout(again, 200); });
     $("back").addEventListener("click", () => { page -= 1; show(); });
     $("forth").addEventListener("click", () => { page += 1; show(); });
     $("ask").addEventListener("click", search);

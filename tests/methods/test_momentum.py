@@ -180,6 +180,7 @@ def test_folding_is_right_on_average(optimizer: str, monkeypatch: pytest.MonkeyP
     for seed in range(40):
         monkeypatch.setattr(SketchTail, "__init__", partialmethod(init, seed=seed))
         sketched = shared(optimizer, "sketch", sketch=23, steps=3)
+        assert exact["id"].equals(sketched["id"])
         draws.append((sketched["value"] - exact["value"]).to_numpy())
     error = np.stack(draws)  # [draws, rows]
     noisy = error.std(0) > 0

@@ -75,12 +75,8 @@ class Recorder:
         """`[groups, targets, B]`: the inner products of these uses; those to be kept are."""
         scores = torch.zeros_like(like)
         for weight, factors in uses:
-            if self.looking is not None:
-                self.looking(weight, factors)
+            if not self.pass_on(weight, factors):
                 continue
-            self.hand_on(weight, factors)
-            if self.keeps(weight):
-                self.keep(weight, factors)
             if isinstance(self.directions, Held):
                 for group, found in products(weight, factors, self.directions).items():
                     scores[group] += found
@@ -88,6 +84,16 @@ class Recorder:
             for group, directions in self.directions_of(weight).items():
                 scores[group] += factors.dot(directions)
         return scores
+
+    def pass_on(self, weight: Weight, factors: Factors) -> bool:
+        """Show a use and keep it; whether it is to be measured as well, which it is not while somebody looks."""
+        if self.looking is not None:
+            self.looking(weight, factors)
+            return False
+        self.hand_on(weight, factors)
+        if self.keeps(weight):
+            self.keep(weight, factors)
+        return True
 
     def keeps(self, weight: Weight) -> bool:
         """Whether the per-sample gradients of this weight wait for a later contraction."""

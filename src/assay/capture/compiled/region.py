@@ -314,13 +314,7 @@ def _kept(
         present = [t for t in tensors if t is not None]
         if len(present) < len(tensors):
             continue  # nothing came back for this use
-        weight, factors = weights[form.weight], form.factors(present)
-        if capture.looking is not None:
-            capture.looking(weight, factors)
-            continue
-        capture.hand_on(weight, factors)
-        if capture.keeps(weight):
-            capture.keep(weight, factors)
+        capture.pass_on(weights[form.weight], form.factors(present))  # measured inside the graph already
 
 
 def _unseen_backward(plan: _Plan, capture: Capture, outs: Sequence[Any]) -> None:

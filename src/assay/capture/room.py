@@ -2,7 +2,7 @@
 
 On a CPU the system hands out blocks of this size page by page, each page zeroed at its first touch, and takes them back
 as soon as they are free. That costs about half as much as the matrix product that is written into them. Blocks begin
-where a cache line does: a product that is written across two lines at a time takes up to 1.4 times as long.
+where a cache line does: a product that is written across two lines at a time takes longer.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.beside import needs_data
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -68,6 +70,7 @@ def test_the_error_of_a_truncated_gradient_falls_with_its_rank(memory: Any) -> N
     assert found[2]["error"] < 1e-5  # no matrix of that model has more
 
 
+@needs_data
 def test_digits_in_bfloat16_are_ranked_as_in_full(memory: Any) -> None:
     found = memory.mnist(Namespace(quick=True))
     assert [row["run"] for row in found] == ["MNIST, SGD 0.2", "MNIST, AdamW 5e-4"]

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.beside import needs_data
+
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not DATA.exists(), reason="the experiments' data lies beside the repository"),
-]
+pytestmark = [pytest.mark.slow, needs_data]
 
 Result = dict[str, Any]
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.beside import needs_data
+
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "experiments" / "evidence"
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="the experiments' data lies beside the repository")
 
 
 @pytest.fixture(autouse=True)

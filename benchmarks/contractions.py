@@ -1,7 +1,7 @@
 """The forms of one layer's inner products, side by side: what each adds to the plain weight-gradient product.
 
 For one linear layer with B samples of T positions, widths d → p and one target: the plain product; the batched form
-with one sample's gradient after the other (in runs of four and without), in blocks that stay in the last cache, and all
+with one sample's gradient after the other (in runs of eight and without), in blocks that stay in the last cache, and all
 at once; and the directional form (one more product). One of each per round, in an order drawn for it (`rounds`); ratios
 to the plain product are taken within a round; medians and quartiles. `assay bench calibrate` fits the cost model's
 constants to a machine in the same way.
@@ -38,7 +38,7 @@ LAYERS = [  # B, T, d, p
     (64, 256, 64, 64), (128, 32, 128, 128),
 ]  # fmt: skip
 WHOLE = 1 << 60  # bytes: no block is as large
-RUNS, ALONE, BLOCKS, WHOLE_BATCH = "in runs of 4", "each alone", "blocks of 10 MiB", "all at once"
+RUNS, ALONE, BLOCKS, WHOLE_BATCH = "in runs of 8", "each alone", "blocks of 10 MiB", "all at once"
 FORMS = ("plain", RUNS, ALONE, BLOCKS, WHOLE_BATCH, "directional")
 
 

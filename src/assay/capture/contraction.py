@@ -80,7 +80,7 @@ class CostModel:
 
 
 COST = CostModel()
-TOGETHER = 4  # gradients that the products of the batched form add up by themselves
+TOGETHER = 8  # gradients that the products of the batched form add up by themselves
 # Where nothing was calibrated: on a GPU by the data sheet of an A100 (1.5 TB/s; 20 Tflop/s without tensor cores, 156
 # in tf32, 312 in 16 bits, of which a product reaches 70 %), and for the kernel by the guess that it reaches three
 # quarters of the library's speed on tensor cores and a third without.
@@ -288,18 +288,21 @@ def _in_runs(a: Tensor, bt: Tensor, G: Tensor, place: Tensor, total: Tensor, pro
     with the rounding of a sum of no more than `TOGETHER`. A gradient with more columns than rows is formed in two
     halves, which the threads share more evenly.
     """
-    g, flat = place[0], place.view(-1)
-    halves = 2 if g.shape[0] < g.shape[1] else 1
-    pieces = list(zip(g.chunk(halves, 1), a.chunk(halves, 2), strict=True))
-    together = TOGETHER if place.dtype == total.dtype else 1
+    halves = 2 if place.shape[1] < place.shape[2] else 1
+    x = a.chunk(halves, 2)
+    adds_up = place.dtype == total.dtype
+    together = TOGETHER if adds_up else 1
     for start in range(0, len(a), together):
         run = slice(start, start + together)
+        flat = total if adds_up and not start else place.view(-1)  # the first run lies in the total itself
+        g = flat.view(place.shape[1:]).chunk(halves, 1)
         for i, (yt, product) in enumerate(zip(bt[run].unbind(), products[run].unbind(), strict=True), start):
-            for columns, x in pieces:
-                columns.addmm_(yt, x[i], beta=int(i > start))  # with 0, what was there is not read
+            for columns, own in zip(g, x, strict=True):
+                columns.addmm_(yt, own[i], beta=int(i > start))  # with 0, what was there is not read
             if len(G) == 1:
                 torch.dot(flat.to(G.dtype), G[0], out=product[0])
             else:
                 torch.mv(G, flat.to(G.dtype), out=product)
         products[run][1:] = products[run].diff(dim=0)
-        (total.add_ if start else total.copy_)(flat)
+        if flat is not total:
+            (total.add_ if start else total.copy_)(flat)

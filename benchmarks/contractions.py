@@ -1,10 +1,10 @@
 """The forms of one layer's inner products, side by side: what each adds to the plain weight-gradient product.
 
 For one linear layer with B samples of T positions, widths d → p and one target: the plain product; the batched form
-with one sample's gradient after the other (in runs of eight and without), in blocks that stay in the last cache, and all
-at once; and the directional form (one more product). One of each per round, in an order drawn for it (`rounds`); ratios
-to the plain product are taken within a round; medians and quartiles. `assay bench calibrate` fits the cost model's
-constants to a machine in the same way.
+with one sample's gradient after the other (in runs of eight and without), in blocks that stay in the last cache, and
+all at once; and the directional form (one more product). One of each per round, in an order drawn for it (`rounds`);
+ratios to the plain product are taken within a round; medians and quartiles. `assay bench calibrate` fits the cost
+model's constants to a machine in the same way.
 
     python benchmarks/contractions.py           # two minutes; writes the JSON and the figures of decision 0019
     python benchmarks/contractions.py --quick   # two small layers, nothing written

@@ -1,4 +1,4 @@
-"""What values cost beside a training step, side by side in one process, and the page that says it.
+"""What values cost beside a training step, side by side, and the page that says it.
 
 Arms on the main size, for SGD and AdamW: the plain step, the same after a bare validation pass, every path of in-run
 values, `left` with a target's gradient for four steps, recording for data value embeddings at two ranks with and
@@ -10,7 +10,8 @@ Beside the arms of the main size those of `peers.py`, where they are installed.
 One step of each arm per round, in an order drawn for it (`rounds`); ratios are taken within a round, to the plain step
 of the same optimizer; medians and quartiles. Beside them the quickest step of an arm over the quickest plain one, which
 what else the machine does touches least. Rounds end when their share of the time is spent; the first order has rounds
-of its own.
+of its own. Each table's arms share a process, and each model and size, each line, has one of its own: in what a long
+process leaves of its heap, many small operations take longer than a few large ones do.
 
     python benchmarks/performance.py            # about 12 minutes on two cores; JSON, docs/performance.md and its plot
     python benchmarks/performance.py --quick    # seconds, nothing written but to --out
@@ -26,8 +27,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +59,7 @@ OTHERS = [
 BASE = Size(8, 128, 192, 2)
 ALONG = {"samples": (4, 8, 16, 32), "tokens": (64, 128, 256, 512), "targets": (1, 2, 4, 8)}
 QUICK = Size(4, 16, 32, 1)
+Found = TypeVar("Found")
 
 
 def arm(family: str, size: Size, optimizer: str, kind: str, options: Namespace, targets: int = 1) -> Step:
@@ -231,33 +235,29 @@ def rows(taken: dict[str, list[float]], **what: Any) -> list[dict[str, Any]]:
     ]
 
 
-def slopes(options: Namespace, share: float) -> list[dict[str, Any]]:
-    """What the first order adds to the plain step over samples, tokens and targets, and a line through it."""
-    found = []
-    for along, numbers in ALONG.items():
-        numbers = numbers[:2] if options.quick else numbers
-        arms: dict[tuple[int, str], Step] = {}
-        for n in numbers:
-            size = (QUICK if options.quick else BASE)._replace(
-                **({"batch": n} if along == "samples" else {"context": n} if along == "tokens" else {})
-            )
-            targets = n if along == "targets" else 1
-            for kind in ("plain", "assay"):
-                arms[n, kind] = arm("gpt", size, "sgd", kind, options, targets)
-        taken = timed(arms, options, share)  # all sizes in each round: the machine's pace is the same for all
-        pairs = {n: list(zip(taken[n, "assay"], taken[n, "plain"], strict=True)) for n in numbers}
-        added = [summary([a - p for a, p in pairs[n]])["median"] for n in numbers]
-        ratios = [summary([a / p for a, p in pairs[n]])["median"] for n in numbers]
-        found.append(
-            {
-                "along": along,
-                "numbers": numbers,
-                "added_seconds": added,
-                "ratio": ratios,
-                **line(numbers, added),
-            }
+def slope(along: str, options: Namespace) -> dict[str, Any]:
+    """What the first order adds to the plain step over samples, tokens or targets, and a line through it."""
+    numbers = ALONG[along][:2] if options.quick else ALONG[along]
+    arms: dict[tuple[int, str], Step] = {}
+    for n in numbers:
+        size = (QUICK if options.quick else BASE)._replace(
+            **({"batch": n} if along == "samples" else {"context": n} if along == "tokens" else {})
         )
-    return found
+        targets = n if along == "targets" else 1
+        for kind in ("plain", "assay"):
+            arms[n, kind] = arm("gpt", size, "sgd", kind, options, targets)
+    # all sizes in each round: the machine's pace is the same for all
+    taken = timed(arms, options, 0.2 * options.seconds / len(ALONG))
+    pairs = {n: list(zip(taken[n, "assay"], taken[n, "plain"], strict=True)) for n in numbers}
+    added = [summary([a - p for a, p in pairs[n]])["median"] for n in numbers]
+    ratios = [summary([a / p for a, p in pairs[n]])["median"] for n in numbers]
+    return {
+        "along": along,
+        "numbers": numbers,
+        "added_seconds": added,
+        "ratio": ratios,
+        **line(numbers, added),
+    }
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
@@ -270,33 +270,55 @@ def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     return {"slope": float(slope), "intercept": float(intercept), "r2": float(r2)}
 
 
+def every_path(optimizer: str, options: Namespace) -> list[dict[str, Any]]:
+    """The main table's rows of one optimizer."""
+    size = QUICK if options.quick else MAIN
+    what = {"table": "main", "family": "gpt", "size": size._asdict(), "optimizer": optimizer}
+    first = {kind: arm("gpt", size, optimizer, kind, options) for kind in FIRST}
+    found = rows(timed(first, options, 0.15 * options.seconds), **what)
+    arms = {kind: arm("gpt", size, optimizer, kind, options) for kind in FURTHER}
+    arms |= {
+        name: peers.arm(name, size, optimizer, torch.device(options.device)) for name in peers.installed()
+    }
+    further = rows(timed(arms, options, 0.15 * options.seconds), **what)
+    return found + [row for row in further if row["arm"] not in FIRST]
+
+
+def other(family: str, size: Size, options: Namespace) -> list[dict[str, Any]]:
+    """The first order's rows of one further model and size."""
+    size = QUICK if options.quick else size
+    arms = {kind: arm(family, size, "sgd", kind, options) for kind in ("plain", "pass", "assay", "direct")}
+    taken = timed(arms, options, 0.25 * options.seconds / len(OTHERS))
+    return rows(taken, table="others", family=family, size=size._asdict(), optimizer="sgd")
+
+
 def measure(options: Namespace) -> dict[str, Any]:
     """All tables, each with its share of the time."""
-    found: list[dict[str, Any]] = []
     started = time.perf_counter()
-    main = QUICK if options.quick else MAIN
-    for optimizer in OPTIMIZERS:
-        what = {"table": "main", "family": "gpt", "size": main._asdict(), "optimizer": optimizer}
-        first = {kind: arm("gpt", main, optimizer, kind, options) for kind in FIRST}
-        found += rows(timed(first, options, 0.15 * options.seconds), **what)
-        arms = {kind: arm("gpt", main, optimizer, kind, options) for kind in FURTHER}
-        arms |= {
-            name: peers.arm(name, main, optimizer, torch.device(options.device)) for name in peers.installed()
-        }
-        further = rows(timed(arms, options, 0.15 * options.seconds), **what)
-        found += [row for row in further if row["arm"] not in FIRST]
-        print(f"{optimizer}: {time.perf_counter() - started:.0f} s", flush=True)
-    for family, size in OTHERS[::3] if options.quick else OTHERS:
-        size = QUICK if options.quick else size
-        arms = {
-            kind: arm(family, size, "sgd", kind, options) for kind in ("plain", "pass", "assay", "direct")
-        }
-        what = {"table": "others", "family": family, "size": size._asdict(), "optimizer": "sgd"}
-        found += rows(timed(arms, options, 0.25 * options.seconds / len(OTHERS)), **what)
-    print(f"other sizes: {time.perf_counter() - started:.0f} s", flush=True)
-    lines = slopes(options, 0.2 * options.seconds / len(ALONG))
-    took = round(time.perf_counter() - started)
-    return {"rows": found, "slopes": lines, "left_out": peers.left_out(), "took_seconds": took}
+
+    def alone(work: Callable[..., Found], *arguments: Any) -> Found:
+        if options.quick:
+            return work(*arguments, options)
+        found = in_fresh_process(work, *arguments, options)
+        print(f"{work.__name__} {arguments[0]}: {time.perf_counter() - started:.0f} s", flush=True)
+        return found
+
+    tables = [alone(every_path, optimizer) for optimizer in OPTIMIZERS]
+    tables += [alone(other, family, size) for family, size in OTHERS[:: 3 if options.quick else 1]]
+    lines = [alone(slope, along) for along in ALONG]
+    return {
+        "rows": [row for table in tables for row in table],
+        "slopes": lines,
+        "left_out": peers.left_out(),
+        "took_seconds": round(time.perf_counter() - started),
+    }
+
+
+def in_fresh_process(work: Callable[..., Found], *arguments: Any) -> Found:
+    """What a function of this file returns in a fresh process with as many threads."""
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from assay.errors import CoverageError, InputError, UnsupportedOptimizerError
 from assay.optimizers import model_of
+from assay.optimizers.pieces import pieces
 
 
 class Lion(Optimizer):
@@ -157,7 +158,7 @@ def test_sparse_gradient() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1, 3])).sum().backward()
     model = model_of(SGD(embedding.parameters(), lr=0.1))
-    for ask in (model.split, lambda weight: next(model.pieces(weight, 4))):
+    for ask in (model.split, lambda weight: next(pieces(model, [weight], 4))):
         with pytest.raises(
             CoverageError, match=r"parameter 0 of group 0 \(shape \(5, 2\)\) has a sparse gradient"
         ):

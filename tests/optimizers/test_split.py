@@ -15,6 +15,7 @@ from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, Optimizer, 
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from assay.optimizers import OptimizerModel, model_of
+from assay.optimizers.pieces import pieces
 
 LOOPS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 FORMS = [
@@ -46,23 +47,38 @@ def test_pieces_put_together_are_the_split(name: str, entries: int) -> None:
     model = model_of(optimizer)
     assert model.elementwise
     for _ in gradients(params, steps=3):
-        for param in params:
-            if param.grad is None:
-                continue
-            whole, covered = model.split(param), 0
-            for part, parts in model.pieces(param, entries):
-                piece = parts.written()
+        moving = [param for param in params if param.grad is not None]
+        covered = dict.fromkeys(moving, 0)
+        for piece in pieces(model, moving, entries):
+            assert sum(part.stop - part.start for _, part in piece.where) <= max(entries, 1)
+            found = piece.parts.written()
+            at = 0
+            for param, part in piece.where:
+                whole, size = model.split(param), part.stop - part.start
                 for field in ("gain", "carried", "decayed"):
-                    expected = (
-                        torch.as_tensor(getattr(whole, field), dtype=param.dtype)
-                        .expand_as(param)
-                        .flatten()[part]
-                    )
-                    found = torch.as_tensor(getattr(piece, field), dtype=param.dtype).expand_as(expected)
-                    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-16)
-                covered += len(expected)
-            assert covered == param.numel()
+                    expected = torch.as_tensor(getattr(whole, field), dtype=param.dtype).expand_as(param)
+                    own = torch.as_tensor(getattr(found, field), dtype=param.dtype)
+                    own = own[at : at + size] if own.dim() and len(own) > 1 else own.expand(size)
+                    torch.testing.assert_close(own, expected.flatten()[part], rtol=1e-13, atol=1e-16)
+                covered[param] += size
+                at += size
+        assert covered == {param: param.numel() for param in moving}
         optimizer.step()
+
+
+def test_small_parameters_of_a_group_are_read_at_once() -> None:
+    params = [Parameter(torch.ones(n)) for n in (3, 4, 5)]
+    late, scalar = Parameter(torch.ones(2)), Parameter(torch.tensor(1.0))
+    optimizer = Adam([{"params": [*params, late, scalar]}])
+    for number in range(3):
+        for param in (*params, scalar, *([late] if number else [])):
+            param.grad = torch.ones_like(param)
+        if number == 2:
+            break
+        optimizer.step()
+    moving = [*params, late, scalar]  # `late` has taken a step less: its bias correction is another
+    found = [[len(p.flatten()) for p, _ in piece.where] for piece in pieces(model_of(optimizer), moving, 9)]
+    assert sorted(found) == [[1], [2], [3, 4], [5]]
 
 
 @pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64])

@@ -17,6 +17,7 @@ from assay.capture.tokens import contract_by_token
 from assay.distributed import OneProcess, local
 from assay.methods.base import MicroBatch
 from assay.optimizers import OptimizerModel
+from assay.optimizers.pieces import Piece, pieces
 from assay.optimizers.scalars import Multiple
 
 __all__ = ["Step", "along", "read_step"]
@@ -186,23 +187,32 @@ def _folded(optimizer: OptimizerModel, gradient: Directions) -> Folded:
                 sums[1] += along(G, split.decayed).to(sums)
         directions = Scaled(gradient, partial(_gain, optimizer), diagonal=optimizer.preconditioned)
         return Folded(gradient, directions, sums[0], sums[1])
-    written: dict[Parameter, Tensor] = {}
-    for p, G in gradient.items():
-        if p.grad is None:
-            written[p] = torch.zeros_like(G)
-            continue
-        rows, size = G.reshape(targets, -1), PIECE if p.device.type == "cpu" else p.numel()
-        made = rows[:, :0]
-        for part, parts in optimizer.pieces(p, size):
-            own = rows[:, part]
-            if not made.numel():
-                made = rows.new_empty(rows.shape, dtype=torch.result_type(own, parts.gain))
-            through = torch.mul(own, parts.gain, out=made[:, part])
-            for total, moved in zip(sums, (parts.carried, parts.decayed), strict=True):
-                gained = isinstance(moved, Multiple) and moved.gained  # ⟨∇ℓ, K ⊙ m⟩ = ⟨K ⊙ ∇ℓ, m⟩
-                total += along(through if gained else own, moved).to(total)
-        written[p] = made.view(G.shape)
+    written = {p: torch.zeros_like(G) for p, G in gradient.items() if p.grad is None}
+    moving = [p for p in gradient if p.grad is not None]
+    size = PIECE if some.device.type == "cpu" else max((p.numel() for p in moving), default=1)
+    for piece in pieces(optimizer, moving, size):
+        parts, (own, through) = piece.parts, _through(gradient, piece, written)
+        for total, moved in zip(sums, (parts.carried, parts.decayed), strict=True):
+            gained = isinstance(moved, Multiple) and moved.gained  # ⟨∇ℓ, K ⊙ m⟩ = ⟨K ⊙ ∇ℓ, m⟩
+            total += along(through if gained else own, moved).to(total)
     return Folded(gradient, written, sums[0], sums[1])
+
+
+def _through(gradient: Directions, piece: Piece, written: dict[Parameter, Tensor]) -> tuple[Tensor, Tensor]:
+    """`[targets, entries]` ∇ℓ of a piece and K_t ∇ℓ / lr, which goes where it belongs in `written` as well."""
+    (first, part), gain = piece.where[0], piece.parts.gain
+    rows = {p: gradient[p].reshape(number_of(gradient), -1)[:, part] for p, part in piece.where}
+    if len(rows) > 1:
+        own, sizes = torch.cat(list(rows.values()), 1), [row.shape[1] for row in rows.values()]
+        through = own * gain
+        for p, found in zip(rows, through.split_with_sizes(sizes, 1), strict=True):
+            written[p] = found.view(gradient[p].shape)
+        return own, through
+    (own,) = rows.values()
+    if first not in written:
+        written[first] = gradient[first].new_empty(gradient[first].shape, dtype=torch.result_type(own, gain))
+    made = written[first].view(len(own), -1)
+    return own, torch.mul(own, gain, out=made[:, part])
 
 
 def _gain(optimizer: OptimizerModel, param: Parameter) -> Tensor | float | None:

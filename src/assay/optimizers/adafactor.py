@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from assay.errors import UnsupportedOptimizerError
-from assay.optimizers.model import Group, OptimizerModel, State
+from assay.optimizers.inputs import Group, State
+from assay.optimizers.model import OptimizerModel
 from assay.optimizers.scalars import Scalar, next_step, number, squeezed, widened
 
 __all__ = ["Adafactor"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from assay.optimizers.model import Group, OptimizerModel, State
+from assay.optimizers.inputs import Group, State
+from assay.optimizers.model import OptimizerModel
 from assay.optimizers.scalars import number, widened
 
 __all__ = ["Adagrad"]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from assay.optimizers.model import Group, OptimizerModel, State
+from assay.optimizers.inputs import Group, State
+from assay.optimizers.model import OptimizerModel
 from assay.optimizers.scalars import Multiple, Scalar, next_step, number, second_moment, widened
 
 __all__ = ["Adam"]

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from assay.optimizers.model import Group, OptimizerModel, State
+from assay.optimizers.inputs import Group, State
+from assay.optimizers.model import OptimizerModel
 from assay.optimizers.scalars import Scalar
 
 __all__ = ["GradientDescent"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,12 +13,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from assay.errors import CoverageError, InputError
+from assay.optimizers.inputs import Group, Inputs, State
 from assay.optimizers.scalars import Multiple, Scalar, number, squeezed, widened
 
-__all__ = ["Group", "OptimizerModel", "Parts", "Split", "State"]
-
-Group = dict[str, Any]
-State = dict[str, Any]
+__all__ = ["OptimizerModel", "Parts", "Split"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,43 +155,10 @@ class OptimizerModel(ABC):
             InputError: The parameter is in no group.
             CoverageError: The gradient is sparse or complex.
         """
-        group = self._group(param)
-        grad = param.grad if grad is None else grad
-        if grad is None:
+        if grad is None and param.grad is None:
+            self._group(param)
             return Split(0.0, 0.0, 0.0)
-        self._refuse_what_has_no_split(param, grad)
-        return self._parts(
-            group, self._state(param), widened(param.detach()), widened(grad.detach())
-        ).written()
-
-    @torch.no_grad()
-    def pieces(self, param: Tensor, entries: int) -> Iterator[tuple[slice, Parts]]:
-        """Yield :meth:`split` of the flattened parameter piece by piece, so that what is between stays in the cache.
-
-        Only where ``elementwise``: entry by entry the same as :meth:`split`.
-
-        Args:
-            param: A parameter of the optimizer that has a ``.grad``.
-            entries: Of one piece.
-
-        Raises:
-            InputError: The parameter is in no group.
-            CoverageError: The gradient is sparse or complex.
-        """
-        group, state, shape = self._group(param), self._state(param), param.shape
-        assert param.grad is not None
-        self._refuse_what_has_no_split(param, param.grad)
-        w, g = param.detach().reshape(-1), param.grad.detach().reshape(-1)
-        flat = {
-            k: x.reshape(-1) if isinstance(x, Tensor) and x.shape == shape else x for k, x in state.items()
-        }
-        for start in range(0, param.numel(), entries):
-            part = slice(start, start + entries)
-            own = {
-                k: x[part] if isinstance(x, Tensor) and x.dim() and len(x) == len(w) else x
-                for k, x in flat.items()
-            }
-            yield part, self._parts(group, own, widened(w[part]), widened(g[part]))
+        return self.parts(self.inputs(param, grad)).written()
 
     def gain_at(self, param: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor | float:
         """Return the gain of :meth:`split` at some entries of a parameter.
@@ -204,16 +169,27 @@ class OptimizerModel(ABC):
             param: A parameter of the optimizer whose ``.grad`` is dense.
             read: Picks these entries out of a tensor of the parameter's shape.
         """
-        group, state, shape = self._group(param), self._state(param), param.shape
-        assert param.grad is not None
-        own = {
-            k: read(x) if isinstance(x, Tensor) and x.shape == shape and x.dim() else x
-            for k, x in state.items()
-        }
-        w, g = read(param.detach()), read(param.grad.detach())
-        return self._parts(group, own, widened(w), widened(g)).gain
+        return self.parts(self.inputs(param).at(read)).gain
 
-    def _parts(self, group: Group, state: State, w: Tensor, g: Tensor) -> Parts:
+    def inputs(self, param: Tensor, grad: Tensor | None = None) -> Inputs:
+        """Return what the parameter's coming step is computed from.
+
+        Args:
+            param: A parameter of the optimizer.
+            grad: As of :meth:`split`; ``param.grad`` if left out, which must then be there.
+
+        Raises:
+            InputError: The parameter is in no group.
+            CoverageError: The gradient is sparse or complex.
+        """
+        group, grad = self._group(param), param.grad if grad is None else grad
+        assert grad is not None
+        self._refuse_what_has_no_split(param, grad)
+        return Inputs(group, self._state(param), param.detach(), grad.detach())
+
+    def parts(self, inputs: Inputs) -> Parts:
+        """Return the step of :meth:`inputs`, or of some of their entries, by cause."""
+        group, state, w, g = inputs.group, inputs.state, widened(inputs.w), widened(inputs.g)
         scale = self.grad_scale()
         scaled = isinstance(scale, Tensor) or scale != 1.0
         if scaled:

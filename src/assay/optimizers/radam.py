@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from assay.optimizers.adam import Adam
-from assay.optimizers.model import Group
+from assay.optimizers.inputs import Group
 from assay.optimizers.scalars import Scalar, number
 
 __all__ = ["RAdam"]

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.optimizers.model import Group, OptimizerModel, State
+from assay.optimizers.inputs import Group, State
+from assay.optimizers.model import OptimizerModel
 from assay.optimizers.scalars import Scalar, number, second_moment, widened
 
 __all__ = ["RMSprop"]

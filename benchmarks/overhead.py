@@ -8,7 +8,8 @@ Arms, for SGD and for AdamW:
   with the choice of what waits for the step's right end (`--path trapezoid:reduced`) and of how many steps a target's
   gradient serves (`--path left@4`).
 
-All arms run in one process, one step of each per round in an order drawn for it (`rounds`). A ratio is taken within a
+All arms run in one process, which keeps freed memory (`allocator.py` says what is lost where it is not kept), one step
+of each per round in an order drawn for it (`rounds`). A ratio is taken within a
 round, to the plain step of the same optimizer; the table gives medians and quartiles of the ratios. Peak memory is
 measured in a process of its own for each arm, in which glibc gives every freed block of 128 KiB or more back at once,
 so that the peak is that of what is in use.
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import assay
+from assay.allocator import keep_freed_memory
 from assay.demo.gpt import GPT, GPTConfig
 
 VOCABULARY = 512
@@ -330,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.peak_of:
         print(peak(sizes[0], options))
         return
+    kept = keep_freed_memory()
     console = Console()
     console.width = max(console.width, 90)
     rows: list[dict[str, Any]] = []
@@ -344,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         settings = {
             "rounds": options.rounds, "warmup": options.warmup, "family": options.family,
-            "accumulate": options.accumulate,
+            "accumulate": options.accumulate, "memory_kept": kept,
         }  # fmt: skip
         document = {"machine": machine(options), "settings": settings, "rows": rows}
         out.write_text(json.dumps(document, indent=1) + "\n")

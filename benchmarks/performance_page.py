@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import allocator_page
 import memory_page
 
 RESULTS = Path(__file__).parent / "results"
@@ -183,9 +184,12 @@ def first_order() -> str:
         NAMES[arms[2]],
         "peak memory",
     ]
-    rounds = document["settings"]["rounds"]
+    rounds, kept = (document["settings"].get(key) for key in ("rounds", "memory_kept"))
+    memory = (
+        "in a process that keeps freed memory ([below](#memory-that-is-given-back-and-faulted-in-again)); "
+    )
     settings = (
-        f"{rounds} rounds of these arms alone; medians (quartiles), and what is above the bare "
+        f"{rounds} rounds of these arms alone; {memory if kept else ''}medians (quartiles), and what is above the bare "
         "pass also of the quickest steps. Under AdamW the samples' gradients wait for the optimizer's step, whose "
         "second moment contains this very gradient: they are written to memory and read once more "
         "([0002](decisions/0002-keep-per-sample-gradients-for-adam.md))."
@@ -243,6 +247,7 @@ def page(document: dict[str, Any] | None, gpu: dict[str, Any] | None = None) -> 
         slopes_table(document["slopes"]),
         f"`python benchmarks/performance.py` · {where} · {document['took_seconds']} s\n",
         memory_page.section(),
+        allocator_page.section(),
         on_a_gpu(gpu),
     ]  # fmt: skip
     return "\n".join(parts)

@@ -46,6 +46,7 @@ def adjoint(
     """
     from rich.progress import Progress
 
+    from assay.allocator import keep_freed_memory
     from assay.cli.progress import make_console
     from assay.replay import TABLE
     from assay.store import open_ledger
@@ -53,6 +54,7 @@ def adjoint(
     from assay.train.influence import keep_table
     from assay.train.replay import adjoint_of_run
 
+    keep_freed_memory()
     ledger, console = open_ledger(run), make_console()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("replaying")

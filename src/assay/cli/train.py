@@ -54,11 +54,13 @@ def run_and_report(config: Config) -> Result:
 
     Ctrl-C and SIGTERM end the training early; what was recorded is kept and reported, and the exit status says so.
     """
+    from assay.allocator import keep_freed_memory
     from assay.cli.progress import follow, make_console
     from assay.cli.summary import print_summary
     from assay.report import write
     from assay.train import train
 
+    keep_freed_memory()
     console = make_console()
     with follow(console) as show, _stoppable() as signals:
         result = train(config, show)

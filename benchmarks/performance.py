@@ -10,8 +10,9 @@ Beside the arms of the main size those of `peers.py`, where they are installed.
 One step of each arm per round, in an order drawn for it (`rounds`); ratios are taken within a round, to the plain step
 of the same optimizer; medians and quartiles. Beside them the quickest step of an arm over the quickest plain one, which
 what else the machine does touches least. Rounds end when their share of the time is spent; the first order has rounds
-of its own. Each table's arms share a process, and each model and size, each line, has one of its own: in what a long
-process leaves of its heap, many small operations take longer than a few large ones do.
+of its own. The arms of a model and optimizer share a process, which keeps freed memory (`allocator.py` says what is
+lost where it is not kept); each model and size, each line, has one of its own, so that none begins with the heap that
+others left.
 
     python benchmarks/performance.py            # about 12 minutes on two cores; JSON, docs/performance.md and its plot
     python benchmarks/performance.py --quick    # seconds, nothing written but to --out
@@ -45,6 +46,7 @@ from overhead import OPTIMIZERS, RESULTS, VOCABULARY, Size
 from rounds import Arm, Step, in_rounds, summary
 
 import assay
+from assay.allocator import keep_freed_memory
 
 FIRST = ("plain", "pass", "assay", "assay left@4")
 FURTHER = (
@@ -315,10 +317,15 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 
 def in_fresh_process(work: Callable[..., Found], *arguments: Any) -> Found:
-    """What a function of this file returns in a fresh process with as many threads."""
-    threads = torch.get_num_threads()
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    """What a function of this file returns in a fresh process, set up as this one."""
+    with ProcessPoolExecutor(1, get_context("spawn"), settle, (torch.get_num_threads(),)) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def settle(threads: int) -> None:
+    """Make this process one to measure in."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file (results/performance-DEVICE.json)")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    settle(options.threads)
     if options.quick:
         options.seconds, options.rounds = min(options.seconds, 2.0), min(options.rounds, 3)
     out = options.out or RESULTS / f"performance-{torch.device(options.device).type}.json"

@@ -28,11 +28,11 @@ NAMES = {
 HEAD = """# Performance
 
 What values cost beside a training step: a forward and backward pass, the optimizer's step. All arms of a model and
-optimizer run in one process, one step of each per round in an order drawn for it; a ratio is taken within a round, to
-the plain step. Figures are medians, with quartiles in brackets, and behind the semicolon the same of the quickest
-steps, which what else the machine does touches least. `python benchmarks/performance.py` makes this page anew;
-`assay bench overhead` measures sizes of your choice, with memory, and `assay bench calibrate` fits the choice between
-contractions to your machine.
+optimizer run in one process, which [keeps freed memory](#memory-that-is-given-back-and-faulted-in-again), one step of
+each per round in an order drawn for it; a ratio is taken within a round, to the plain step. Figures are medians, with
+quartiles in brackets, and behind the semicolon the same of the quickest steps, which what else the machine does touches
+least. `python benchmarks/performance.py` makes this page anew; `assay bench overhead` measures sizes of your choice,
+with memory, and `assay bench calibrate` fits the choice between contractions to your machine.
 
 The floor of the first order is the validation pass, one gradient of the target's loss per step; `refresh=k` takes it
 every k-th step only ([what the account then says](what-the-number-means.md)).

@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.peak_of:
         print(peak(sizes[0], options))
         return
-    keep_freed_memory()
+    kept = keep_freed_memory()
     console = Console()
     console.width = max(console.width, 90)
     rows: list[dict[str, Any]] = []
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         settings = {
             "rounds": options.rounds, "warmup": options.warmup, "family": options.family,
-            "accumulate": options.accumulate,
+            "accumulate": options.accumulate, "memory_kept": kept,
         }  # fmt: skip
         document = {"machine": machine(options), "settings": settings, "rows": rows}
         out.write_text(json.dumps(document, indent=1) + "\n")

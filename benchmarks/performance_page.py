@@ -184,12 +184,9 @@ def first_order() -> str:
         NAMES[arms[2]],
         "peak memory",
     ]
-    rounds, kept = (document["settings"].get(key) for key in ("rounds", "memory_kept"))
-    memory = (
-        "in a process that keeps freed memory ([below](#memory-that-is-given-back-and-faulted-in-again)); "
-    )
+    rounds = document["settings"]["rounds"]
     settings = (
-        f"{rounds} rounds of these arms alone; {memory if kept else ''}medians (quartiles), and what is above the bare "
+        f"{rounds} rounds of these arms alone; medians (quartiles), and what is above the bare "
         "pass also of the quickest steps. Under AdamW the samples' gradients wait for the optimizer's step, whose "
         "second moment contains this very gradient: they are written to memory and read once more "
         "([0002](decisions/0002-keep-per-sample-gradients-for-adam.md))."

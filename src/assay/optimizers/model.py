@@ -156,7 +156,7 @@ class OptimizerModel(ABC):
             CoverageError: The gradient is sparse or complex.
         """
         if grad is None and param.grad is None:
-            self._group(param)
+            self._group(param)  # which refuses a stranger
             return Split(0.0, 0.0, 0.0)
         return self.parts(self.inputs(param, grad)).written()
 

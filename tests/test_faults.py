@@ -154,7 +154,7 @@ FAULTS: dict[str, tuple[Plant, dict[str, Any]]] = {
     "kept gradients": (planted(assay.capture.probe, "per_sample_gradients", 9), {}),
     "model's outputs": (planted(Boundary, "_watched", 5), {"kind": "fallback"}),
     "after the backward pass": (planted(Coverage, "check_all_seen", 5), {}),
-    "optimizer's state": (planted(OptimizerModel, "parts", 20), {}),
+    "optimizer's state": (planted(OptimizerModel, "parts", 3), {}),
     "valuation": (planted(InRunSession, "_settle", 2), {"path": "trapezoid"}),
     "away from the weights": (planted(TargetPass, "_gradient", 6), {"path": "simpson", "tolerance": 1e-9}),
     "momentum": (planted(InRunSession, "_book", 3), {"momentum": "exact", "horizon": 2}),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pages
 
 FILE = Path(__file__).parent / "results" / "allocator-cpu.json"
 ARMS = {"plain": "plain step", "pass": "and a bare validation pass", "assay": '`path="left"`'}
 NAMES = {"sgd": "SGD", "adamw": "AdamW"}
+spread = partial(pages.spread, to=" to ")
 HEAD = """## Memory that is given back, and faulted in again
 
 On Linux, glibc gives freed memory at the end of its heap back to the system, and the next step faults it in again, page
@@ -55,15 +59,14 @@ def part(document: dict[str, Any]) -> str:
                 *_ratios(usual),
                 f"{kept['faults']:,.0f}",
                 *_ratios(kept),
-                _spread(kept["of_default"]),
+                spread(kept["of_default"]),
             ]
         )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
     return (
         f"Blocks of GPT-2, {size}; each arm in a process of its own, a step of each in turn, in an order drawn for "
         f"each of {settings['rounds']} rounds; ratios to the plain step with the same memory, medians (quartiles).\n\n"
-        f"{table}\n\n`python benchmarks/allocator.py` · {machine['cpu']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}\n"
+        f"{pages.table(head, lines)}\n`python benchmarks/allocator.py` · {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}\n"
     )
 
 
@@ -71,13 +74,6 @@ def _ratios(row: dict[str, Any]) -> tuple[str, str]:
     """Ratio to the plain step, and what is above the bare pass."""
     plain = row["arm"] == "plain"
     return (
-        "1" if plain else _spread(row["ratio"]),
-        _spread(row["above_pass"], "+") if row["arm"] == "assay" else "",
+        "1" if plain else spread(row["ratio"]),
+        spread(row["above_pass"], "+") if row["arm"] == "assay" else "",
     )
-
-
-def _spread(found: dict[str, float], sign: str = "") -> str:
-    middle, low, high = (
-        format(found[key], f"{sign}.2f") for key in ("median", "lower_quartile", "upper_quartile")
-    )
-    return f"{middle} ({low} to {high})"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import table
+
 RESULTS = Path(__file__).parent / "results"
 
 FORMS = {"full": "`full`", "bfloat16": "`bfloat16`", "cpu": "`cpu`", "factors": "`factors`"}
@@ -70,7 +72,7 @@ def _peaks(rows: Sequence[dict[str, Any]]) -> str:
                 if (row["arm"], row["checkpoints"]) == (arm, checkpoints)
             }
             lines.append([name, "on" if checkpoints else "off", *(f"{cells[form]:+.2f}" for form in FORMS)])
-    return _table(["", "activation checkpoints", *FORMS.values()], lines)
+    return table(["", "activation checkpoints", *FORMS.values()], lines)
 
 
 def _errors(rows: Sequence[dict[str, Any]]) -> str:
@@ -89,7 +91,7 @@ def _errors(rows: Sequence[dict[str, Any]]) -> str:
         "account explains (full)",
         "change of that share",
     ]
-    return "What rounding changes, of several targets the worst:\n\n" + _table(head, lines)
+    return "What rounding changes, of several targets the worst:\n\n" + table(head, lines)
 
 
 def _truncated(rows: Sequence[dict[str, Any]]) -> str:
@@ -105,10 +107,5 @@ def _truncated(rows: Sequence[dict[str, Any]]) -> str:
     head = ["rank", "memory of the matrices", "error of the values", "time, in validation passes"]
     return (
         "A truncated rank is not offered. What it would do, each matrix of the gradient by its leading singular "
-        "vectors:\n\n" + _table(head, lines)
+        "vectors:\n\n" + table(head, lines)
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

@@ -9,10 +9,9 @@ Arms, for SGD and for AdamW:
   gradient serves (`--path left@4`).
 
 All arms run in one process, which keeps freed memory (`allocator.py` says what is lost where it is not kept), one step
-of each per round in an order drawn for it (`rounds`). A ratio is taken within a
-round, to the plain step of the same optimizer; the table gives medians and quartiles of the ratios. Peak memory is
-measured in a process of its own for each arm, in which glibc gives every freed block of 128 KiB or more back at once,
-so that the peak is that of what is in use.
+of each per round in an order drawn for it (`rounds`). A ratio is taken within a round, to the plain step of the same
+optimizer; the table gives medians and quartiles of the ratios. Peak memory is measured in a process of its own for each
+arm, in which glibc gives every freed block of 128 KiB or more back at once, so that the peak is that of what is in use.
 
     python benchmarks/overhead.py            # the sizes of docs/results.md, about half an hour on two cores
     python benchmarks/overhead.py --quick    # one small model, under a minute, nothing written

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["keep", "page_of", "spread", "with_figures"]
+__all__ = ["keep", "page_of", "spread", "table", "with_figures"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"
@@ -60,6 +60,15 @@ def with_figures(page: str, script: str, figures: str) -> str:
     return f"{before}{begin}\n{figures}\n{END}{after}"
 
 
-def spread(found: Mapping[str, float]) -> str:
+def spread(found: Mapping[str, float], sign: str = "", digits: int = 2, to: str = "-") -> str:
     """A median with its quartiles."""
-    return f"{found['median']:.2f} ({found['lower_quartile']:.2f}-{found['upper_quartile']:.2f})"
+    middle, low, high = (
+        format(found[key], f"{sign}.{digits}f") for key in ("median", "lower_quartile", "upper_quartile")
+    )
+    return f"{middle} ({low}{to}{high})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import allocator_page
 import memory_page
+import pages
+from pages import table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -49,25 +52,12 @@ NO_GPU = """## On a GPU
 Where there is a GPU, `python benchmarks/performance.py --device cuda` fills this section in: GPT-2 small at T 1024 and
 B 16, eager and compiled, and Llama's shape at 8 billion parameters with activation checkpointing.
 """
+spread = partial(pages.spread, to=" to ")
 KINDS = {
     "assay left": NAMES["assay"], "assay left@4": NAMES["assay left@4"], "assay trapezoid": NAMES["assay trapezoid"],
     "assay trapezoid:reduced": '`path="trapezoid"`, `memory="reduced"`',
     **{kind: NAMES[kind] for kind in ("plain", "pass", "direct")},
 }  # fmt: skip
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def spread(found: dict[str, float], sign: str = "", digits: int = 2) -> str:
-    """Median and quartiles."""
-    middle, low, high = (
-        format(found[key], f"{sign}.{digits}f") for key in ("median", "lower_quartile", "upper_quartile")
-    )
-    return f"{middle} ({low} to {high})"
 
 
 def with_quickest(row: dict[str, Any], above: bool = False) -> str:

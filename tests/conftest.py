@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 
@@ -26,3 +30,10 @@ def seed() -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def benchmark_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A script of `benchmarks/` by its name; they import each other as scripts of one folder do."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module

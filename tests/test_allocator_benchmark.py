@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def allocator(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("allocator")
+def allocator(benchmark_of: Callable[[str], Any]) -> Any:
+    return benchmark_of("allocator")
 
 
 def test_an_arm_takes_its_steps_elsewhere(allocator: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,10 @@ import torch
 
 from tests.beside import needs_data
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("memory")
+def memory(benchmark_of: Callable[[str], Any]) -> Any:
+    return benchmark_of("memory")
 
 
 def document(memory: Any) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,10 @@ import torch
 
 import assay
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def performance(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("performance")
+def performance(benchmark_of: Callable[[str], Any]) -> Any:
+    return benchmark_of("performance")
 
 
 def test_the_page_is_made_from_the_results(performance: Any) -> None:

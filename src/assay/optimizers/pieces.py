@@ -45,14 +45,17 @@ def pieces(optimizer: OptimizerModel, params: Sequence[Parameter], entries: int)
         CoverageError: A gradient is sparse or complex.
     """
     together: dict[Any, list[tuple[Parameter, Inputs]]] = {}
+    filled: dict[Any, int] = {}  # entries that wait in each
     for param in params:
         inputs = optimizer.inputs(param)
         kind = inputs.kind() if param.numel() <= min(SMALL, entries) else None
         if kind is not None:
             waiting = together.setdefault(kind, [])
-            if sum(p.numel() for p, _ in waiting) + param.numel() > entries:
+            filled[kind] = filled.get(kind, 0) + param.numel()
+            if filled[kind] > entries:
                 yield _join(optimizer, waiting)
                 waiting.clear()
+                filled[kind] = param.numel()
             waiting.append((param, inputs.flat()))
             continue
         flat = inputs.flat()

@@ -57,7 +57,7 @@ def test_freed_memory_is_kept() -> None:
     assert wrote("default")["held"][0] < MEMORY / 10
     kept = wrote("kept")
     assert kept["kept"]
-    assert min(kept["held"]) >= MEMORY
+    assert min(kept["held"]) > MEMORY * 0.9
 
 
 @needs_mallinfo

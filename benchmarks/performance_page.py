@@ -41,9 +41,10 @@ The floor of the first order is the validation pass, one gradient of the target'
 every k-th step only ([what the account then says](what-the-number-means.md)).
 
 No step waits for the device: scores, norms and learning rates stay there and are moved in bulk every 64 steps, and
-recorded rows leave by copies that another thread waits for. Three choices do wait, for what they are: the first step
-looks whether the target's loss is a number, a `tolerance` looks after every point whether it is met, and
-`memory="recompute"` looks whether a repeated pass was a repetition.
+recorded rows leave by copies that another thread waits for. Four choices do wait, for what they are: the first step
+looks whether the target's loss is a number, a `tolerance` looks after every point whether it is met,
+`memory="recompute"` looks whether a repeated pass was a repetition, and of a fused optimizer under a `GradScaler` is
+asked whether the scaler passes over the step (as the scaler itself asks for other optimizers).
 """
 NO_GPU = """## On a GPU
 

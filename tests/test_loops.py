@@ -132,8 +132,9 @@ def test_scaled_loss(optimizer: str, clip: float | None) -> None:
     assert relative_error(recorded(run.ledger), expected) <= 1e-9
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])
-def test_grad_scaler(optimizer: str) -> None:
+def test_grad_scaler(optimizer: str, set_to_none: bool) -> None:
     """torch's own scaler, whose second step overflows: it does not happen, and nobody gets a value for it."""
     case, build = CASES["mlp"], OPTIMIZERS[optimizer]
     loss = case.losses["sample_mean"]
@@ -154,7 +155,7 @@ def test_grad_scaler(optimizer: str) -> None:
             snapshots.append(snapshot(case, model, opt, build, data[number]))
         scaler.step(opt)
         scaler.update()
-        opt.zero_grad()
+        opt.zero_grad(set_to_none)
     run.close()
     double = {
         "held_out": Target(
@@ -198,8 +199,9 @@ def test_half_precision(name: str, optimizer: str, mode: str) -> None:
     assert relative_error(recorded(run.ledger), expected) <= 0.05
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])
-def test_discarded_gradient(optimizer: str) -> None:
+def test_discarded_gradient(optimizer: str, set_to_none: bool) -> None:
     """A micro-batch whose gradient the loop zeroes without a step has no value, and spoils none."""
     case, build = CASES["mlp"], OPTIMIZERS[optimizer]
     loss = case.losses["sample_mean"]
@@ -214,7 +216,7 @@ def test_discarded_gradient(optimizer: str) -> None:
             loss(model, batch).backward()
         if number != 1:
             opt.step()
-        opt.zero_grad()
+        opt.zero_grad(set_to_none)
     run.close()
     assert relative_error(recorded(run.ledger), expected) <= 1e-9
 

@@ -9,7 +9,8 @@ step hooks tell the run when the weights move. Nothing of the training itself ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any, Literal
 import polars as pl
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from assay.distributed import parallel_of
-from assay.errors import AssayError, InputError
+from assay.errors import AssayError, AssayWarning, InputError
 from assay.faults import Faults
 from assay.methods.base import Context, Method, MicroBatch, Session, Settles
 from assay.methods.demands import (
@@ -33,11 +35,13 @@ from assay.methods.demands import (
     sample_weights,
 )
 from assay.microbatch import Watcher, Watching
+from assay.open_step import OpenStep
 from assay.optimizers import OptimizerModel, model_of
 from assay.resume import Resume, first_step
 from assay.scale import GradientScale
 from assay.signals import Termination
 from assay.snapshots import Snapshots, snapshot_settings
+from assay.step_hooks import StepHooks
 from assay.store import Ledger, RunWriter, shard_of
 from assay.store.ids import IdKind, id_series, kind_of_dtype
 from assay.targets import full_precision
@@ -85,6 +89,8 @@ class Run:
             from there on that were recorded before count no more. Without a run in `out`, a new one begins.
         snapshots: what `Ledger.adjoint` replays the run from: "auto" (about √T of them after T steps), the number of
             steps between two, or a budget such as "2 GB"; None takes none.
+        scaler: the `GradScaler` of a training in fp16. Only data value embeddings with `curvature="fisher"` need it:
+            by default they take it that the samples' weights in the loss add up to one.
 
     Raises:
         InputError: the optimizer does not own the model's parameters, or an argument is not understood.
@@ -123,6 +129,7 @@ class Run:
         on_error: Literal["raise", "detach"] = "raise",
         resume: Resume = False,
         snapshots: Snapshots | str | int | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         if check not in ("first", "off"):
             raise InputError(f"Run(check={check!r}) is not known; choose 'first' or 'off'.")
@@ -154,14 +161,16 @@ class Run:
         if metadata is not None and self.processes.rank == 0:
             self.writer.add_metadata(metadata)
         context = Context(
-            self.model, self.weights, self._coverage, self.optimizer, self.writer, self.processes, step
-        )
+            self.model, self.weights, self._coverage, self.optimizer, self.writer, self.processes, step,
+            scaler.get_scale if scaler is not None and scaler.is_enabled() else lambda: None,
+        )  # fmt: skip
         self._sessions: list[Session] = [method.attach(context) for method in methods]
         self._to_close = list(self._sessions)
         groups = self.weights.groups
         self._scale = GradientScale(
             self.weights.params, groups, self.weights.number_of_groups, self.processes
         )
+        self._open = OpenStep(self.model, self.weights.params, self.optimizer, self.processes, self._coverage)
         self._step = step or 0
         self._id_kind: IdKind | None = self.writer.id_kind
         self._pending: list[list[MicroBatch]] = []  # by micro-batch, one per method
@@ -177,13 +186,8 @@ class Run:
             rows = self.writer.ledger.table("curve").rows(named=True)
             self._curve = [row for row in rows if row["step"] < self._step]
         self._seconds = 0.0
-        inner = self.optimizer.optimizer
-        self._hooks = [
-            inner.register_step_pre_hook(
-                lambda _, args, kwargs: _after_closure(args, kwargs, self._before_update)
-            ),
-            inner.register_step_post_hook(lambda *_: self._after_update()),
-        ]
+        self._told_moved = False
+        self._hooks = StepHooks(self.optimizer.optimizer, self._before_update, self._after_update)
 
     # --- the user's side ---
 
@@ -200,9 +204,10 @@ class Run:
             ids: one id per sample, ints or strings, in the order of the rows of the micro-batch. A repeated id adds
                 up.
             weights: `[B]`, what each sample's own loss is multiplied by in the scalar that `backward()` is called
-                on: `tokens_i / tokens` for a mean over tokens, 1 for a sum; times the loss scale under a
-                `GradScaler`. Only data value embeddings with `curvature="fisher"` read it. By default all samples
-                of an optimizer step weigh the same and add up to one, as in a mean over samples.
+                on: `tokens_i / tokens` for a mean over tokens, 1 for a sum; times the loss scale under a loss
+                scaler; below zero where the sample's loss is raised, or the scalar maximised. Only data value
+                embeddings with `curvature="fisher"` read it. By default all samples of an optimizer step weigh the
+                same and add up to one, as in a mean over samples.
             inputs: tensors, in any containers, whose rows are the samples; needed only where the loss calls parts of
                 the model and not the model itself, whose inputs are seen anyway.
 
@@ -246,6 +251,7 @@ class Run:
         """What a micro-batch left, once its backward pass is done."""
         self._pending.append(self._watcher.finished(watching))
         self._scale.after_backward()
+        self._open.after_backward()
 
     @contextmanager
     def _work(self, where: str) -> Iterator[None]:
@@ -276,7 +282,8 @@ class Run:
 
         Known once a step has been taken; `status` is "exact", "forward mode" or "sample loop" (exact by a fallback,
         with its cost under `operations`), "unused", "not measured" (nor is any other: snapshots alone under
-        `check="off"`), "excluded", "frozen" or "not optimized".
+        `check="off"`), "excluded", "frozen", "not optimized" or "trained later" (than the run began, and not
+        watched).
         """
         return self._coverage.frame()
 
@@ -304,7 +311,7 @@ class Run:
             InputError: micro-batches wait for their optimizer step.
             StoreError: the disk refuses.
         """
-        if self._pending and not self.processes.accumulated(self.weights.params):
+        if self._pending and self._open.thrown_away():
             self._discard()  # a loss scaler passed over the step
         if self._pending:
             raise InputError("run.state_dict(): micro-batches wait for optimizer.step(); call it after that.")
@@ -345,8 +352,7 @@ class Run:
     def _finish(self, together: bool) -> None:
         if not self._closed:
             self._closed = True
-            for hook in self._hooks:
-                hook.remove()
+            self._hooks.remove()
             self._watcher.close()
         while self._to_close:
             session = self._to_close.pop(0)  # if the disk refuses, what it handed over has been taken
@@ -376,7 +382,7 @@ class Run:
 
     def _opens_step(self) -> bool:
         """Whether a micro-batch is the first of an optimizer step."""
-        opens = not self._step_open or not self.processes.accumulated(self.weights.params)
+        opens = not self._step_open or self._open.thrown_away()
         self._step_open = True
         return opens
 
@@ -393,14 +399,25 @@ class Run:
 
     def _begin(self) -> None:
         """Before a micro-batch: start an optimizer step if none is open."""
-        if self._pending and not self.processes.accumulated(self.weights.params):
+        if self._pending and self._open.thrown_away():
             self._discard()
         if not self._pending:
+            self._open.begin()
+            self._hooks.come_last()
             self._watcher.begin(self._sessions, self._step)
 
     def _discard(self) -> None:
         """The gradients of the open step were thrown away without an update (a loss scaler's overflow)."""
         self._pending = []
+        if self._open.weights_moved() and not self._told_moved:
+            self._told_moved = True
+            warnings.warn(
+                f"step {self._step}: its gradients were thrown away and the weights have moved all the same, but not "
+                "by the optimizer that the run was given: the steps of another one are not valued. For a new optimizer "
+                "close the run and go on in a new one with an `out` of its own.",
+                AssayWarning,
+                stacklevel=2,
+            )
         for session in self._sessions:
             session.skipped(self._step)
         self._step += 1
@@ -413,6 +430,15 @@ class Run:
                 self._read_update()
 
     def _read_update(self) -> None:
+        if self._inside:
+            raise InputError(
+                "optimizer.step() was called inside of `with run.step(ids)`; call it after the block, which ends with "
+                "loss.backward()."
+            )
+        if self.optimizer.overflowed():
+            if self._pending:
+                self._discard()
+            return
         if not self._pending:
             for session in self._sessions:
                 session.unattended_update()
@@ -451,18 +477,3 @@ class Run:
             raise InputError(
                 "run.step(ids): already inside a step; close the one around the last micro-batch first."
             )
-
-
-def _after_closure(args: Any, kwargs: Any, before_update: Callable[[], None]) -> tuple[Any, Any] | None:
-    """Look at the gradient when it is there: before the step, or after the closure that the step is given."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        before_update()
-        return None
-
-    def evaluate() -> Any:
-        loss = closure()
-        before_update()
-        return loss
-
-    return args[:1], {**kwargs, "closure": evaluate}

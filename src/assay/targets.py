@@ -146,7 +146,7 @@ class TargetPass:
     def gradients(self) -> tuple[Tensor, dict[Parameter, Tensor]]:
         """`[targets]` losses and `{parameter: [targets, *shape]}` gradients; zero where a target does not use one."""
         losses, rows = [], []
-        with undisturbed(self.model), torch.enable_grad():
+        with undisturbed(self.model), trainable(self.params), torch.enable_grad():
             for name, target in self.targets.items():
                 loss, gradient = self._gradient(name, target)
                 losses.append(loss)
@@ -157,7 +157,7 @@ class TargetPass:
     def pieces(self) -> Iterator[tuple[Tensor, dict[Parameter, Tensor]]]:
         """`gradients` of one target after the other, for those who do not hold them as they come."""
         for name, target in self.targets.items():
-            with undisturbed(self.model), torch.enable_grad():
+            with undisturbed(self.model), trainable(self.params), torch.enable_grad():
                 loss, gradient = self._gradient(name, target)
             named = {p: g[None] for p, g in zip(self.params, gradient, strict=True)}
             del (
@@ -173,7 +173,13 @@ class TargetPass:
                 that has one.
         """
         rows = []
-        with undisturbed(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eagerly():
+        with (
+            undisturbed(self.model),
+            trainable(self.params),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            eagerly(),
+        ):
             for name, target in self.targets.items():
                 parts = [self._hessian_product(name, target, batch, direction) for batch in target.batches]
                 rows.append([torch.stack(p).sum(0) for p in zip(*parts, strict=True)])
@@ -253,6 +259,19 @@ def refuse_constant(name: str, loss: Tensor) -> None:
             f"target {name!r}: its loss does not depend on the model's parameters; "
             "compute it from the model's outputs."
         )
+
+
+@contextmanager
+def trainable(params: Sequence[Parameter]) -> Iterator[None]:
+    """All of these take part in what is differentiated inside: one may have been frozen since its last step."""
+    frozen = [p for p in params if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import assay
 from assay.capture import Weights, contraction, room
-from assay.embedding.header import draw_sides
+from assay.embedding.header import SCALARS, draw_sides
 from assay.embedding.recorded import Recorded
 from assay.embedding.session import EmbeddingSession
 from tests.embedding.runs import BATCH, CLASSES, OPTIMIZERS, data, loss_fn, network, order, record, recorded
@@ -242,6 +242,100 @@ def test_a_loss_scale_that_is_in_the_weights_changes_nothing() -> None:
         run.close()
         found.append(run.ledger.embeddings().export())
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("curvature", ["fisher", "ggn"])
+def test_a_loss_scaler_that_the_run_knows_changes_nothing(curvature: Any, fused: bool) -> None:
+    """By default a_i = S / n; a fused optimizer tells S itself."""
+    found = []
+    for enabled in (False, True):
+        model = network().float()
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        method = assay.DataValueEmbedding(
+            assay.Projection(kind="none"), curvature=curvature, draws="all", dtype="fp64"
+        )
+        run = assay.Run(model, opt, methods=[method], scaler=None if fused else scaler)
+        x, y = data()
+        for ids in order():
+            with run.step(ids):
+                scaler.scale(loss_fn(model, (x[ids].float(), y[ids]))).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        run.close()
+        found.append(run.ledger.embeddings(curvature=curvature).export())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_scale_that_nobody_tells_is_told_of() -> None:
+    model = network()
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    run = assay.Run(model, opt, methods=[assay.DataValueEmbedding(assay.Projection(kind="none"))])
+    x, y = data()
+    with run.step([0, 1, 2]):
+        (1024.0 * loss_fn(model, (x[:3], y[:3]))).backward()
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad /= 1024.0
+    opt.step()
+    with pytest.warns(assay.AssayWarning, match=r"multiplied by as little as 0\.00098.*Run\(scaler=\.\.\.\)"):
+        run.close()
+
+
+def test_a_gradient_too_large_for_its_type_costs_no_other_row() -> None:
+    model = network()
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    method = assay.DataValueEmbedding(assay.Projection(kind="none"), dtype="fp16")
+    run = assay.Run(model, opt, methods=[method])
+    x, y = data()
+    for step, ids in enumerate(order()):
+        scale = 1e7 if step == 3 else 1.0
+        with run.step(ids, [scale / len(ids)] * len(ids)):
+            (scale * loss_fn(model, (x[ids], y[ids]))).backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad /= scale
+        opt.step()
+        opt.zero_grad()
+    with pytest.warns(
+        assay.AssayWarning, match=f"{BATCH} recorded gradients .* too large for rows of 'fp16'"
+    ):
+        run.close()
+    found = recorded(run)
+    rows = torch.cat([found.read(step.start, step.stop) for step in found.steps])
+    empty = (rows.flatten(1) == 0).all(1).nonzero().flatten().tolist()
+    assert empty == list(range(3 * BATCH, 4 * BATCH))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_decay_in_the_gradient_is_weighed_where_the_gradient_is(maximize: bool) -> None:
+    """Rows that are never looked up have D = 1/ε under Adam; they move nothing and weigh nothing in D̄."""
+
+    def pulls(rows: int) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(6, CLASSES)).double()
+        table = torch.zeros(6 + rows, 3, dtype=torch.float64)
+        table[:6] = model[0].weight.detach()
+        model[0] = nn.Embedding.from_pretrained(table, freeze=False)
+        opt = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1, maximize=maximize)
+        run = assay.Run(model, opt, methods=[assay.DataValueEmbedding(assay.Projection(kind="none"))])
+        for ids in order():
+            x = torch.tensor([[i % 6, (i // 6) % 6] for i in ids])
+            with run.step(ids):
+                loss = F.cross_entropy(model(x), data()[1][ids])
+                (-loss if maximize else loss).backward()
+            opt.step()
+            opt.zero_grad()
+        run.close()
+        at = SCALARS.index("pull")
+        return [float(pull) for step in recorded(run).steps for pull in step.scalars[:, at]]
+
+    plain, wider = pulls(0), pulls(2)
+    assert wider == pytest.approx(plain, rel=1e-6)
+    assert min(plain) > 0
+    assert max(plain) < 1e4
 
 
 @pytest.mark.parametrize("path", ["left", "trapezoid"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import partialmethod
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -28,6 +29,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 import assay
+from assay.methods.momentum import Weigher
 from assay.methods.sketch import SketchTail
 from assay.optimizers import model_of
 
@@ -279,3 +281,25 @@ def test_a_run_that_goes_on_from_a_checkpoint(kind: type[torch.optim.Optimizer])
         assert (account["carried"].abs() > 1e-7).all()
         whole, shared = (frame["predicted"] + frame["carried"] for frame in (before, account))
         assert (whole - shared).abs().max() < 1e-12  # type: ignore[operator]
+
+
+def test_a_count_on_a_device_is_read_once() -> None:
+    """Then it is counted along, until the optimizer's state is another one."""
+    w = nn.Parameter(torch.zeros(3))
+    optimizer = AdamW([w], lr=0.1)
+    w.grad = torch.ones(3)
+    optimizer.step()
+    weigher = Weigher(model_of(optimizer), [w])
+    reads: list[int] = []
+
+    class OnADevice(torch.Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+        def to(self, *_: Any) -> Any:
+            reads.append(1)
+            return float(self.sum())
+
+    for count, expected in ((4.0, [5, 6, 7]), (9.0, [10, 11])):
+        optimizer.state[w]["step"] = torch.tensor(count).as_subclass(OnADevice)
+        assert [weigher.count()[w] for _ in expected] == expected
+    assert len(reads) == 2

@@ -46,9 +46,9 @@ def cautions(ledger: Ledger, targets: list[str]) -> list[str]:
             found.append(
                 f"{name}: the account explains {share:.0%} of the real loss drop; see ledger.account()"
             )
-    partial = {status: share for status, share in (_coverage(ledger) or {}).items() if status == "excluded"}
-    if partial:
-        found.append(f"{partial['excluded']:.1%} of the parameters were excluded: the values are partial")
+    for status, share in (_coverage(ledger) or {}).items():
+        if status in ("excluded", "trained later"):
+            found.append(f"{share:.1%} of the parameters were {status}: the values are partial")
     return found
 
 

@@ -67,7 +67,7 @@ class Coverage:
 
         `status` is "exact", "forward mode" or "sample loop" (exact by these fallbacks, with their cost under
         `operations`), "unused" (no sample used it so far), "not measured" (the capture has seen no use of
-        any), "excluded", "frozen" or "not optimized".
+        any), "excluded", "frozen", "not optimized" or "trained later".
         """
         rows = [
             (name, param.numel(), self._status(param), ", ".join(self.uses.get(param, {})))

@@ -235,7 +235,7 @@ class Capture(Recorder, TorchFunctionMode):
             return known
         weight = self.weights.marks.get(id(tensor))
         if weight is not None:
-            return weight
+            return weight if tensor.requires_grad else CONSTANT  # frozen since the run began
         if isinstance(tensor, Parameter) or id(tensor) in self.weights.constants:
             return CONSTANT
         if self.batch == 1:

@@ -71,7 +71,7 @@ class Rows:
         if curvature == "ggn":
             return self.j, self.Dj
         a = self.a[:, None]
-        return torch.where(a > 0, self.g / a, 0.0), self.Dg  # a sample that weighs nothing has no gradient
+        return torch.where(a != 0, self.g / a, 0.0), self.Dg  # a sample that weighs nothing has no gradient
 
 
 class Operator:

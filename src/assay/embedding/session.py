@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingSession"]
 
 COMMIT_BYTES = 4 << 20
+UNSCALED = 2**-8  # below it, what multiplied the gradient was hardly clipping
 
 
 @dataclass
@@ -160,6 +161,7 @@ class EmbeddingSession:
         self._background.__enter__()
         self._refused: StoreError | None = None
         self._not_finite = 0
+        self._assumed, self._least, self._groups = False, 1.0, context.weights.number_of_groups
 
     # --- the step ---
 
@@ -201,14 +203,19 @@ class EmbeddingSession:
             self._start(rows)
         ids = [i for batch in batches for i in batch.ids]
         counts = [len(batch.ids) for batch in batches]
-        given = [batch.weights for batch in batches]
-        weights = [
-            torch.full((n,), 1 / len(ids)) if w is None else w for n, w in zip(counts, given, strict=True)
-        ]
         self._background.put(
-            step, ids, counts, torch.cat(weights), scalars, late, Hosted(of_device), Hosted(rows)
+            step, ids, counts, self._weights_of(batches, read), scalars, late, Hosted(of_device), Hosted(rows)
         )
         self._raise_refused()
+
+    def _weights_of(self, batches: Sequence[MicroBatch], step: Step) -> Tensor:
+        """`[samples]`, a: what each sample's loss was multiplied by, a loss scale included."""
+        n, scale = sum(len(batch.ids) for batch in batches), self.context.loss_scale()
+        if scale is None:
+            scale = float(step.loss_scale)  # 1 but for fused optimizers
+            self._assumed |= scale == 1 and any(batch.weights is None for batch in batches)
+        parts = [torch.full((len(b.ids),), scale / n) if b.weights is None else b.weights for b in batches]
+        return torch.cat(parts)
 
     def _balance(self, batches: Sequence[MicroBatch], through: Mapping[Parameter, Tensor | float]) -> None:
         """At the first step: weigh the projections by D, and project what was kept until D was known."""
@@ -295,7 +302,7 @@ class EmbeddingSession:
             late.append((len(found) + SCALARS.index("scale"), group))
             if pull and isinstance(D, Tensor):
                 late.append((len(found) + SCALARS.index("pull"), len(factors)))
-                factors.append(D.mean().to(factors[0]))
+                factors.append(_mean_size(D, p).to(factors[0]))
             sign = float(D) if not self.preconditioned else 1.0  # -1 where the optimizer maximises
             found += [lr * kappa, sign, keep, carry, decay, pull, lr]
         return found, late, torch.stack(factors)
@@ -348,10 +355,16 @@ class EmbeddingSession:
         on_the_way: Hosted,
     ) -> None:
         """In the background: the table's lines and the rows. The first line of a step has its scalars."""
-        n, rows, factors = len(ids), on_the_way.wait(), of_device.wait().tolist()
+        n, rows, known = len(ids), on_the_way.wait(), of_device.wait()
+        self._least = min([self._least, *known[: self._groups].abs().tolist()])
+        factors = torch.where(known.isfinite(), known, 0.0).tolist()
         for place, factor in late:
             scalars[place] *= factors[factor]
-        finite = rows.isfinite().all(1)
+        finite = (
+            rows.to(DTYPES[self.method.dtype] if self.method.dtype != "int8" else rows.dtype)
+            .isfinite()
+            .all(1)
+        )
         if not bool(finite.all()):
             self._not_finite += int((~finite).sum())
             rows = torch.where(finite[:, None], rows, 0.0)
@@ -401,18 +414,43 @@ class EmbeddingSession:
             StoreError: the disk refuses; close again once it does not.
         """
         background, self._background = self._background, Background(self._write)
-        background.__exit__(None, None, None) if background._thread.is_alive() else None
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if background._thread.is_alive():
+                background.__exit__(None, None, None)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+            self._warn()
+
+    def _warn(self) -> None:
+        """Of what the embeddings will not show."""
         if self._not_finite:
             warnings.warn(
-                f"{self._not_finite} recorded gradients were not finite and are stored as zeros: embeddings take these "
-                "samples for ones that did nothing.",
+                f"{self._not_finite} recorded gradients were not finite, or too large for rows of "
+                f"{self.method.dtype!r}, and are stored as zeros: embeddings take these samples for ones that did "
+                "nothing.",
                 AssayWarning,
                 stacklevel=2,
             )
             self._not_finite = 0
+        if self._assumed and self._least < UNSCALED and self.method.curvature == "fisher":
+            warnings.warn(
+                f"between backward() and optimizer.step() the gradient was multiplied by as little as "
+                f"{self._least:.2g}: if that undid a loss scale, embeddings with curvature='fisher' need to know it; "
+                "pass Run(scaler=...), or the samples' weights to run.step().",
+                AssayWarning,
+                stacklevel=2,
+            )
+            self._assumed = False
 
     def explained(self) -> Mapping[str, float]:
         """There is no account."""
         return {}
+
+
+def _mean_size(D: Tensor, param: Parameter) -> Tensor:
+    """D̄: the mean of |D| over where the gradient is; an entry without any has D = 1/ε and moves nothing."""
+    assert param.grad is not None
+    size, weight = D.abs(), param.grad.detach().abs().to(D.dtype)
+    total = weight.sum()
+    return torch.where(total > 0, (size * weight).sum() / total, size.amin())

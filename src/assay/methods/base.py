@@ -25,7 +25,8 @@ __all__ = ["Context", "Demand", "Method", "MicroBatch", "Retakes", "Session", "S
 class Context:
     """What a run hands to its methods: model, weights and their uses, optimizer's step, ledger's writer, processes.
 
-    `resumed` is the step at which a resumed run goes on.
+    `resumed` is the step at which a resumed run goes on; `loss_scale` tells by what a loss scaler multiplies the loss
+    now, None where the run was given none.
     """
 
     model: Module
@@ -35,6 +36,7 @@ class Context:
     writer: RunWriter
     processes: OneProcess
     resumed: int | None = None
+    loss_scale: Callable[[], float | None] = lambda: None
 
 
 class Watch(Protocol):

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ def default_horizon(optimizer: OptimizerModel, params: Sequence[Parameter]) -> i
 class Weigher:
     """Counts each parameter's steps as the optimizer does, and reads κ from it.
 
-    The optimizer's own count is read where it keeps one; SGD keeps none, so its steps are counted here from the
-    step that found the momentum buffer empty.
+    The optimizer's own count is read where it keeps one, on a device the first time only: then it is counted along.
+    SGD keeps none, so its steps are counted here from the step that found the momentum buffer empty.
 
     Args:
         optimizer: the model of its step.
@@ -81,7 +81,7 @@ class Weigher:
 
     def __init__(self, optimizer: OptimizerModel, params: Sequence[Parameter]) -> None:
         self.optimizer, self.params = optimizer, params
-        self._counted: dict[Parameter, int] = {}
+        self._counted: dict[Parameter, tuple[Any, int]] = {}  # the optimizer's count, and what it stands at
 
     def count(self) -> dict[Parameter, int]:
         """The coming step's number for every parameter that it moves; call once per step."""
@@ -90,13 +90,16 @@ class Weigher:
             if p.grad is None:
                 continue
             state = self.optimizer.optimizer.state.get(p, {})
-            if "step" in state:
-                t = int(float(number(state["step"]))) + 1
-            elif state.get("momentum_buffer") is None:
-                t = 1
+            own = state.get("step")
+            known, t = self._counted.get(p, (None, 0))
+            if own is None:
+                t = 1 if state.get("momentum_buffer") is None else t + 1
+            elif isinstance(own, Tensor) and own.device.type != "cpu" and own is known:
+                t += 1
             else:
-                t = self._counted.get(p, 1) + 1
-            counts[p] = self._counted[p] = t
+                t = int(float(number(own))) + 1
+            counts[p] = t
+            self._counted[p] = own, t
         return counts
 
     def kappas(self, now: Mapping[Parameter, int], then: Mapping[Parameter, int]) -> dict[Parameter, float]:

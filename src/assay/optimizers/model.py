@@ -123,6 +123,14 @@ class OptimizerModel(ABC):
         scale = getattr(self.optimizer, "grad_scale", None)
         return 1.0 if scale is None else number(scale)
 
+    def overflowed(self) -> bool:
+        """Return whether GradScaler found an overflow, so that a fused ``step()`` will do nothing.
+
+        Other optimizers are not called then. Waits for the device, as the scaler itself does for those.
+        """
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
     @torch.no_grad()
     def previous_gain(self, param: Tensor) -> Tensor | float | None:
         """Return the diagonal of K_t / lr as the state *before* the step foresees it.
@@ -148,8 +156,7 @@ class OptimizerModel(ABC):
         Args:
             param: A parameter of the optimizer.
             grad: The gradient that ``step()`` will receive, of the parameter's shape; ``param.grad`` if
-                left out. Without either the step passes over the parameter and all parts are zero; so they
-                are where GradScaler found an overflow that a fused ``step()`` will skip.
+                left out. Without either the step passes over the parameter and all parts are zero.
 
         Raises:
             InputError: The parameter is in no group.
@@ -213,7 +220,7 @@ class OptimizerModel(ABC):
                 part.times(back) if isinstance(part, Multiple) and part.gained else part
                 for part in (carried, decayed)
             )
-        return self._unless_skipped(Parts(gain, carried, decayed))
+        return Parts(gain, carried, decayed)
 
     def moves(self, param: Tensor) -> tuple[Tensor | Multiple | float, Tensor | Multiple | float]:
         """Return ``carried`` and ``decayed`` of :meth:`split`, as multiples of tensors that exist where they are."""
@@ -294,21 +301,6 @@ class OptimizerModel(ABC):
     def _state(self, param: Tensor) -> State:
         state: State = self.optimizer.state.get(param, {})  # indexing would create the entry
         return state
-
-    def _unless_skipped(self, parts: Parts) -> Parts:
-        """Return zeros where GradScaler found an overflow, so that a fused ``step()`` will do nothing."""
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is None:
-            return parts
-        split = parts.written()
-
-        def kept(part: Tensor | float) -> Tensor | float:
-            moves: Tensor = found_inf.reshape(()) == 0
-            if isinstance(part, Tensor):
-                return torch.where(moves.to(part.device, non_blocking=True), part, 0.0)
-            return part * number(moves)
-
-        return Parts(kept(split.gain), kept(split.carried), kept(split.decayed))
 
     def _refuse_what_has_no_split(self, param: Tensor, grad: Tensor) -> None:
         self._refuse_complex(param)

@@ -8,7 +8,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
 from assay.run import Run
+from assay.store.parts import Mark
+from assay.store.schema import value_column
 
 __all__ = ["LiveValues"]
 
@@ -43,7 +49,7 @@ class LiveValues:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.started = time.perf_counter()
-        self._read = -1  # the last step whose values are in the sums
+        self._mark: Mark | None = None  # behind the last row that is in the sums
         self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     def read(self, groups: Mapping[Any, str] | None = None) -> dict[str, float]:
@@ -69,10 +75,19 @@ class LiveValues:
         return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
     def _add(self, groups: Mapping[Any, str]) -> None:
-        ledger, last = self.run.ledger, self._read
-        for target in ledger.targets:
-            for step, id_, value in ledger.steps(target, first=self._read + 1).iter_rows():
-                if math.isfinite(value):
-                    self._sums[target][groups.get(id_, "(none)")] += value
-                last = max(last, step)
-        self._read = last
+        rows, mark = self.run.writer.values_since(self._mark)
+        group = pl.Series(map(groups.get, rows["id"].to_list()), dtype=pl.String).fill_null("(none)")
+        for target in self.run.writer.ledger.targets:
+            values = rows[value_column(target)].to_numpy()
+            finite = np.isfinite(values)
+            if finite.any():
+                _add_up(self._sums[target], group.filter(pl.Series(finite)), values[finite])
+        self._mark = mark
+
+
+def _add_up(sums: dict[str, float], group: pl.Series, values: npt.NDArray[np.float64]) -> None:
+    """Add values `[rows]` to the sums of their groups `[rows]`, one after the other: no bit depends on when we look."""
+    names = group.unique(maintain_order=True)
+    totals = np.array([sums[name] for name in names])
+    np.add.at(totals, group.cast(pl.Enum(names)).to_physical().to_numpy(), values)
+    sums.update(zip(names, totals.tolist(), strict=True))

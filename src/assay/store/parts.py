@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import polars as pl
 
@@ -14,6 +14,22 @@ Entry = TypeVar("Entry")
 Part = Path | pl.DataFrame  # on disk, or in memory
 
 PART = "part"
+
+
+class Mark(NamedTuple):
+    """How far a reader of a table that grows has come.
+
+    Args:
+        parts: Parts that it has read whole.
+        sealed: Whether it has read a frame that the disk had refused.
+        entries: Of the buffer, how many entries.
+        rows: Behind those parts, how many rows.
+    """
+
+    parts: int = 0
+    sealed: bool = False
+    entries: int = 0
+    rows: int = 0
 
 
 class PartTable(Generic[Entry]):
@@ -67,6 +83,21 @@ class PartTable(Generic[Entry]):
         """Everything so far, in order, whether it is a part yet or not."""
         parts, sealed, buffer = self._held
         return [*parts, *([] if sealed is None else [sealed]), *([self._build(buffer)] if buffer else [])]
+
+    def since(self, mark: Mark) -> tuple[list[Part], int, Mark]:
+        """What holds the rows behind a mark, how many of its first rows lie before the mark, and the mark now."""
+        parts, sealed, buffer = self._held
+        if (len(parts), sealed is not None) == (mark.parts, mark.sealed):  # only the buffer has grown
+            found: list[Part] = []
+            skip, rows, fresh = 0, mark.rows, buffer[mark.entries :]
+        else:
+            found = [*parts[mark.parts :], *([] if sealed is None else [sealed])]
+            skip, rows, fresh = mark.rows, 0 if sealed is None else len(sealed), buffer
+        if fresh:
+            built = self._build(fresh)
+            found.append(built)
+            rows += len(built)
+        return found, skip, Mark(len(parts), sealed is not None, len(buffer), rows)
 
     @property
     def parts(self) -> tuple[Part, ...]:

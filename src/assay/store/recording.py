@@ -20,7 +20,7 @@ from assay.store.files import frame_file, verify_frame, write_error, write_frame
 from assay.store.folder import RunFolder, gradients_folder
 from assay.store.header import NAME, Header
 from assay.store.lock import WriteLock
-from assay.store.parts import Entry, PartTable, merge
+from assay.store.parts import Entry, Mark, PartTable, merge
 from assay.store.schema import (
     ACCOUNT,
     DETAILS,
@@ -156,6 +156,13 @@ class Recording:
         """Rows of values."""
         schema = values_schema(self.header.targets, self.header.ids)
         return stack_below(self._values.contents(), "values", self.header.cuts, schema)
+
+    def values_since(self, mark: Mark) -> tuple[pl.LazyFrame, Mark]:
+        """Rows of values behind a mark, and the mark behind them."""
+        parts, skip, now = self._values.since(mark)
+        schema = values_schema(self.header.targets, self.header.ids)
+        # only parts that were there when the run went on are cut, and before those no row is skipped
+        return stack_below(parts, "values", self.header.cuts, schema).slice(skip), now
 
     def account(self) -> pl.LazyFrame:
         """Rows of the account."""

@@ -19,6 +19,7 @@ from assay.store.files import check_storable, local_path
 from assay.store.header import Header, check_targets
 from assay.store.ids import IdKind, id_column, id_series, kind_of_dtype
 from assay.store.ledger import Ledger
+from assay.store.parts import Mark
 from assay.store.recording import Recording
 from assay.store.resume import cut_header, overruled_ids, recorded
 from assay.store.schema import STATUSES, check_table_name
@@ -256,6 +257,21 @@ class RunWriter:
         self._check_open()
         self._recording.header = self._header.merged(info)
         self._write(self._recording.flush_header)
+
+    def values_since(self, mark: Mark | None = None) -> tuple[pl.DataFrame, Mark]:
+        """Rows of values that were added since the last look, without reading those before them again.
+
+        Args:
+            mark: What the last look returned; None for all rows, those from before a resumed run went on included.
+
+        Returns:
+            The rows in the order of recording (columns of `schema.values_schema`), and the mark for the next look.
+
+        Raises:
+            StoreError: A part is damaged; it is named.
+        """
+        rows, now = self._recording.values_since(mark or Mark())
+        return self.ledger._collect(rows), now
 
     def flush(self) -> None:
         """Write everything that waits.

@@ -17,7 +17,7 @@ from assay.store.files import local_path, one_line
 from assay.store.schema import rest_column, tokens_column, value_column
 from assay.store.shards import open_folders
 from assay.store.source import Source
-from assay.store.sums import by_column, by_sample, by_token
+from assay.store.sums import by_column, by_sample, by_token, documents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,7 @@ class Ledger:
     @property
     def tables(self) -> list[str]:
         """Names that `table` knows."""
-        return sorted(self._source.side())
+        return sorted(self._side())
 
     def values(self, target: str | None = None, *, even: bool = False) -> pl.DataFrame:
         """Value of every sample over the whole run.
@@ -257,7 +257,7 @@ class Ledger:
 
     def table(self, name: str) -> pl.DataFrame:
         """A side table, such as the loss curve, as it was last given."""
-        side = self._source.side()
+        side = self._side()
         if name not in side:
             raise unknown("table", name, side, "add_table makes one")
         return self._collect(side[name])
@@ -464,6 +464,10 @@ class Ledger:
             StoreError: The first damaged file, by name.
         """
         self._source.verify()
+
+    def _side(self) -> dict[str, pl.LazyFrame]:
+        packed = self._source.rows("packed")
+        return self._source.side() | ({} if packed is None else {"packed": documents(packed)})
 
     def _rows(self, target: str | None, *more: str) -> pl.LazyFrame:
         value = pl.col(value_column(self._target(target))).alias("value")

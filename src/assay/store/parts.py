@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import polars as pl
 
@@ -138,3 +138,29 @@ def merge(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
         return frames[0]
     rows = pl.concat(frames, how="diagonal_relaxed")
     return rows.group_by("id", maintain_order=True).agg(pl.all().drop_nulls().last())
+
+
+def common_type(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
+    """The type that `merge` gives a column of parts of two types; None if it could not merge them.
+
+    Example:
+        >>> common_type(pl.Int64(), pl.Float64()), common_type(pl.List(pl.Int64), pl.String())
+        (Float64, None)
+    """
+    frames = [pl.DataFrame(schema={"x": dtype}) for dtype in (one, other)]
+    try:
+        common = pl.concat(frames, how="diagonal_relaxed").schema["x"]
+    except pl.exceptions.PolarsError:
+        return None
+    return None if any(_texts_of_nested(dtype, common) for dtype in (one, other)) else common
+
+
+def _texts_of_nested(dtype: Any, common: Any) -> bool:
+    """Whether something nested would become text, which polars announces and then cannot do."""
+    lists = (pl.List, pl.Array)
+    if isinstance(dtype, lists) and isinstance(common, lists):
+        return _texts_of_nested(dtype.inner, common.inner)
+    if isinstance(dtype, pl.Struct) and isinstance(common, pl.Struct):
+        fields = {field.name: field.dtype for field in common.fields}
+        return any(_texts_of_nested(field.dtype, fields[field.name]) for field in dtype.fields)
+    return bool(common == pl.String and dtype.is_nested())

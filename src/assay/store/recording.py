@@ -22,6 +22,7 @@ from assay.store.header import NAME, Header
 from assay.store.lock import WriteLock
 from assay.store.parts import Entry, Mark, PartTable, merge
 from assay.store.schema import (
+    ABOUT_SAMPLES,
     ACCOUNT,
     DETAILS,
     PARTED,
@@ -134,8 +135,8 @@ class Recording:
     def flush(self) -> None:
         """Write all that waits; StoreError if the disk refuses, with the rest still waiting."""
         self.flush_header()  # first, since it says of which kind the ids of the parts are
-        for table in self._tables.values():
-            table.flush()
+        for name in sorted(self._tables, key=lambda name: name not in ABOUT_SAMPLES):
+            self._tables[name].flush()
         if self.path is not None:
             for name, side in self._side.items():
                 side.write(self.path / TABLES, name)

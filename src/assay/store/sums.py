@@ -1,14 +1,14 @@
-"""Values added up: by sample, by token and by a column of the metadata.
+"""Values added up: by sample, by token and by a column of the metadata; and the documents of packed rows.
 
-Summed as lists: a grouped sum adds in the order in which threads happen to finish, so that its last bits would differ
-from call to call.
+Values are summed as lists: a grouped sum adds in the order in which threads happen to finish, so that its last bits
+would differ from call to call.
 """
 
 from __future__ import annotations
 
 import polars as pl
 
-__all__ = ["by_column", "by_sample", "by_token"]
+__all__ = ["by_column", "by_sample", "by_token", "documents"]
 
 VALUE = pl.col("value")
 
@@ -63,3 +63,13 @@ def by_column(values: pl.LazyFrame, metadata: pl.LazyFrame, column: str) -> pl.L
         .with_columns(mean=VALUE / pl.col("samples"))
     )
     return sums.sort("value", column, descending=[True, False], nulls_last=True)
+
+
+def documents(packed: pl.LazyFrame) -> pl.LazyFrame:
+    """`id`, `document`, `tokens`: one row per document of a packed row.
+
+    Args:
+        packed: `id` and, as lists, `document` and `tokens`; of several rows with one id the last one holds.
+    """
+    last = packed.unique("id", keep="last", maintain_order=True)
+    return last.select("id", "document", "tokens").explode("document", "tokens")

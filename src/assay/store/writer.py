@@ -19,7 +19,7 @@ from assay.store.files import check_storable, local_path
 from assay.store.header import Header, check_targets
 from assay.store.ids import IdKind, id_column, id_series, kind_of_dtype
 from assay.store.ledger import Ledger
-from assay.store.parts import Mark
+from assay.store.parts import Mark, common_type
 from assay.store.recording import Recording
 from assay.store.resume import cut_header, overruled_ids, recorded
 from assay.store.schema import STATUSES, check_table_name
@@ -87,6 +87,7 @@ class RunWriter:
         self._flush_seconds = flush_seconds
         self._last_flush = time.monotonic()
         self._metadata_types: dict[str, pl.DataType] = {}
+        self._before_flush: list[Callable[[], None]] = []
         self._closed = False
 
     @property
@@ -178,7 +179,7 @@ class RunWriter:
         self._recording.append_account((operator.index(step), target, *numbers, status))
         self._flush_if_due()
 
-    def add_metadata(self, frame: pl.DataFrame) -> None:
+    def add_metadata(self, frame: pl.DataFrame, widen: bool = False) -> None:
         """Record what is known about samples, for `Ledger.by` and `Ledger.metadata`.
 
         May be called as often as samples turn up: a later value for an id replaces the earlier one, a
@@ -186,6 +187,8 @@ class RunWriter:
 
         Args:
             frame: A column `id` and any others (domain, source, text).
+            widen: A column's type may change between calls to one that some type holds together with what came
+                before: whole numbers to fractions, empty lists to lists of strings. Readers get that type.
 
         Raises:
             InputError: No column `id`, unusable or contradictory ids, or a column whose type Parquet cannot
@@ -202,10 +205,12 @@ class RunWriter:
         types = {name: dtype for name, dtype in frame.schema.items() if dtype != pl.Null}
         for name, dtype in types.items():
             before = self._metadata_types.get(name, dtype)
-            if dtype != before:
+            common = common_type(before, dtype) if widen else None
+            if dtype != before and common is None:
                 raise InputError(
                     f"metadata column {name!r} was {before} and is now {dtype}: cast it to {before}"
                 )
+            types[name] = dtype if common is None else common
         if frame.is_empty():
             return
         self._metadata_types |= types
@@ -214,10 +219,10 @@ class RunWriter:
         self._flush_if_due()
 
     def add_rows(self, table: str, ids: Sequence[int | str], columns: dict[str, Any]) -> None:
-        """Record rows of a table that not every run has: the values by token, the gradients' norms.
+        """Record rows of a table that not every run has: values by token, gradients' norms, what packed rows hold.
 
         Args:
-            table: "tokens" or "norms".
+            table: "tokens", "norms" or "packed".
             ids: The user's ids, shape [rows].
             columns: The other columns, in front of which `id` is put; in every call the same names and types.
 
@@ -273,6 +278,14 @@ class RunWriter:
         rows, now = self._recording.values_since(mark or Mark())
         return self.ledger._collect(rows), now
 
+    def before_flush(self, hand_over: Callable[[], None]) -> None:
+        """Have a function called before everything that waits is written, so that it adds what it has kept back.
+
+        Args:
+            hand_over: It must give each row once. What it raises comes out of the flush, after the writing.
+        """
+        self._before_flush.append(hand_over)
+
     def flush(self) -> None:
         """Write everything that waits.
 
@@ -282,7 +295,11 @@ class RunWriter:
         # A disk that refuses is asked again after as many rows or seconds more, not with every row.
         self._last_flush = time.monotonic()
         self._flush_at = self._recording.waiting + self._flush_every
-        self._write(self._recording.flush)
+        try:
+            for hand_over in self._before_flush:
+                hand_over()
+        finally:
+            self._write(self._recording.flush)
         self._flush_at = self._flush_every
 
     def close(self) -> None:

@@ -255,6 +255,42 @@ def test_an_error_leaves_a_whole_ledger_and_the_trainer_as_it_was(make_trainer: 
     assert not any(isinstance(c, AssayCallback) for c in trainer.callback_handler.callbacks)
 
 
+def test_metadata_are_there_while_the_training_goes_on(make_trainer: Any) -> None:
+    seen = []
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seen.append(
+                (callback.ledger.metadata().height, callback.ledger.by("domain")["domain"].null_count())
+            )
+
+    trainer = make_trainer(max_steps=3)
+    trainer.add_callback(Look())
+    callback = AssayCallback(id="doc", columns=["domain"]).attach(trainer)
+    trainer.train()
+    assert seen == [(4, 0), (8, 0), (12, 0)]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "detach"])
+def test_metadata_that_cannot_be_kept_cost_no_values(
+    make_trainer: Any, rows: Any, tmp_path: Path, on_error: Any
+) -> None:
+    """Columns that do not fit are told of by name, and the run is whole all the same."""
+    odd = [{**row, "odd": n if n % 2 else [n]} for n, row in enumerate(rows[:40])]
+    trainer = make_trainer(odd, max_steps=5)
+    AssayCallback(out=tmp_path / "run", id="doc", columns=["odd"], on_error=on_error).attach(trainer)
+    if on_error == "raise":
+        with pytest.raises(InputError, match=r"column 'odd' .* \(int, list\)"):
+            trainer.train()
+    else:
+        with pytest.warns(assay.AssayWarning, match="attribution stopped in writing"):
+            trainer.train()
+    assert trainer.state.global_step == 5
+    ledger = assay.open(tmp_path / "run")
+    assert ledger.account()["status"].to_list() == ["ok"] * 5
+    assert ledger.values().height == 20
+
+
 class Stop(transformers.TrainerCallback):  # type: ignore[misc]
     """The process dies after so many steps."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -11,11 +11,17 @@ from torch import Tensor
 
 from assay.errors import InputError
 from assay.integrations.identity import content_id
+from assay.store import RunWriter
 
 __all__ = ["KEY", "Collector", "Notes", "Taken"]
 
 KEY = "_assay"
 """Under this key a batch carries what was taken from its examples, as far as the training step."""
+
+WAITING = 64 << 20
+"""Bytes of metadata that may wait in memory until the run writes."""
+
+NAMES, TOKENS = pl.List(pl.String), pl.List(pl.Int64)
 
 
 @dataclass(frozen=True)
@@ -96,36 +102,121 @@ class Collector:
 
 
 class Notes:
-    """Metadata of the samples that were seen, handed to a run in bulk."""
+    """Metadata of the samples that were seen, handed to a run whenever it writes.
+
+    Args:
+        group: the column whose value is kept for each id, in `groups`.
+    """
 
     def __init__(self, group: str | None = None) -> None:
         self.group = group
         self.groups: dict[Any, str] = {}
         self._seen: set[Any] = set()
-        self._rows: list[dict[str, Any]] = []
-        self._packed: dict[Any, list[tuple[int | str, str, int]]] = {}
+        self._packed: dict[Any, int] = {}  # id → hash of the documents in it
+        self._waiting = _Waiting()
+        self._refused: InputError | None = None
 
-    def add(self, taken: Taken) -> None:
-        """Remember the rows of a batch that are new."""
+    @property
+    def full(self) -> bool:
+        """Whether what waits should be written now, to keep memory bounded."""
+        return self._waiting.size >= WAITING
+
+    def add(self, taken: Taken, step: int = 0) -> None:
+        """Remember the rows of a batch that are new.
+
+        Args:
+            taken: of the batch.
+            step: the optimizer step that it is part of.
+
+        Raises:
+            InputError: see `check`.
+        """
+        self.check()
         for row in taken.rows:
             if row["id"] not in self._seen:
                 self._seen.add(row["id"])
-                self._rows.append(row)
+                self._waiting.rows.append(row)
+                self._waiting.size += _size(row)
                 if self.group is not None:
                     self.groups[row["id"]] = str(row[self.group])
-        for part in taken.packed:
-            self._packed.setdefault(part[0], [])
-        for id_ in {part[0] for part in taken.packed}:
-            self._packed[id_] = [part for part in taken.packed if part[0] == id_]
+        inside: dict[int | str, list[tuple[str, int]]] = {}
+        for id_, document, tokens in taken.packed:
+            inside.setdefault(id_, []).append((document, tokens))
+        for id_, parts in inside.items():
+            content = hash(tuple(parts))
+            if self._packed.get(id_) != content:
+                self._packed[id_] = content
+                self._waiting.packed.append((step, id_, parts))
+                self._waiting.size += _size(parts)
 
-    def hand_over(self, writer: Any) -> None:
-        """Write what is new: metadata, and the table `packed` (id, document, tokens)."""
-        if self._rows:
-            writer.add_metadata(pl.DataFrame(self._rows, infer_schema_length=None, strict=False))
-            self._rows = []
-        if self._packed:
-            parts = [part for of_row in self._packed.values() for part in of_row]
-            writer.add_table("packed", pl.DataFrame(parts, schema=["id", "document", "tokens"], orient="row"))
+    def hand_over(self, writer: RunWriter) -> None:
+        """Give a run what is new: metadata, and the table `packed`.
+
+        Metadata that cannot be kept are refused by `check`, and not here, in the middle of writing the values.
+
+        Raises:
+            StoreError: the disk refuses; nothing is lost.
+        """
+        waiting, self._waiting = self._waiting, _Waiting()
+        try:
+            if waiting.packed:
+                steps, ids, inside = zip(*waiting.packed, strict=True)
+                names, tokens = ([[part[at] for part in parts] for parts in inside] for at in (0, 1))
+                lists = {"document": pl.Series(names, dtype=NAMES), "tokens": pl.Series(tokens, dtype=TOKENS)}
+                writer.add_rows("packed", ids, {"step": steps, **lists})
+            if waiting.rows:
+                writer.add_metadata(_frame(waiting.rows), widen=True)
+        except InputError as error:
+            self._refused = error
+        except BaseException:  # what is handed over twice counts once
+            self._waiting = waiting
+            raise
+
+    def check(self) -> None:
+        """Tell of metadata that could not be kept.
+
+        Raises:
+            InputError: a column's values have no type in common, or one that cannot be stored.
+        """
+        error, self._refused = self._refused, None
+        if error is not None:
+            raise error
+
+
+@dataclass
+class _Waiting:
+    """What a run has not been given yet: rows of metadata, `(step, id, documents)` of packed rows, about the bytes."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    packed: list[tuple[int, int | str, list[tuple[str, int]]]] = field(default_factory=list)
+    size: int = 0
+
+
+def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Rows as a table, each column of the type that all its values have in common."""
+    columns = []
+    for name in rows[0]:
+        try:
+            column = [{name: row[name]} for row in rows]
+            columns.append(pl.DataFrame(column, infer_schema_length=None, strict=False))
+        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+            kinds = sorted({type(row[name]).__name__ for row in rows})
+            raise InputError(
+                f"column {name!r} of the training data holds values of types that do not go together "
+                f"({', '.join(kinds)}): make them one type, or leave it out of columns="
+            ) from error
+    return pl.concat(columns, how="horizontal")
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a value takes; of a list, as if all entries were like the first."""
+    if isinstance(value, str | bytes):
+        return 50 + len(value)
+    if isinstance(value, Mapping):
+        return 200 + sum(map(_size, value.values()))
+    if isinstance(value, list | tuple):
+        return 60 + len(value) * (8 + _size(value[0])) if value else 60
+    return 30 + int(getattr(value, "nbytes", 0))
 
 
 def _documents(id_: int | str, example: Mapping[str, Any]) -> list[tuple[int | str, str, int]]:

@@ -22,7 +22,7 @@ from torch.nn import Module
 
 from assay.errors import InputError
 from assay.integrations import logprob
-from assay.integrations.collect import KEY, Collector, Notes
+from assay.integrations.collect import KEY, Collector, Notes, Taken
 from assay.integrations.live import LiveValues
 from assay.methods import InRunShapley
 from assay.methods.base import Method
@@ -105,6 +105,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.run is None:
             raise InputError("AssayCallback.ledger: training has not begun; call trainer.train() first.")
+        self._notes.hand_over(self.run.writer)
         return self.run.ledger
 
     def attach(self, trainer: Any) -> AssayCallback:
@@ -172,6 +173,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         # a step that a loss scaler passed over counts for the trainer as it does for the run
         options = {"resume": state.global_step if state.global_step and self._out else False, **self._options}
         self.run = Run(model, optimizer, self._out, [*methods, *self._methods], info=info, **options)
+        self.run.writer.before_flush(functools.partial(self._notes.hand_over, self.run.writer))
         self._live = LiveValues(self.run)
 
     # --- what is put around the trainer's own methods ---
@@ -188,7 +190,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
     ) -> Tensor:
         assert self.run is not None
         taken = inputs.pop(KEY)
-        self._notes.add(taken)
+        self._note(taken)
         with logprob.in_plain_torch(), self.run.step(taken.ids):
             return original(model, inputs, *args, **kwargs)
 
@@ -214,7 +216,6 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Before a checkpoint is there, everything recorded up to it is, so that a training can be taken up from it."""
         if self.run is not None:
-            self._notes.hand_over(self.run.writer)
             self.run.state_dict()
         return original(*args, **kwargs)
 
@@ -226,11 +227,20 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
 
     def _close(self) -> None:
         if self.run is not None:
-            try:
-                self._notes.hand_over(self.run.writer)
-            finally:
-                self.run.close()
+            self.run.close()
             self._live = None
+            with self.run.faults.caught("in writing"):
+                self._notes.check()
+
+    def _note(self, taken: Taken) -> None:
+        """Keep what is known of a batch; the run takes it over whenever it writes, so that no value is without it."""
+        assert self.run is not None
+        if self.run.faults.first is not None:
+            return
+        with self.run.faults.caught("in writing"):
+            self._notes.add(taken, self._trainer.state.global_step)
+            if self._notes.full:
+                self.run.writer.flush()
 
     def _detach(self) -> None:
         for name in ("train", "training_step", "get_train_dataloader", "log", *SAVED_AND_LOADED):

@@ -181,10 +181,6 @@ class Run:
         self._watcher = Watcher(
             self.processes, self.weights, self._coverage, self.faults, strict=strict, check=check == "first"
         )
-        self._curve: list[dict[str, Any]] = []
-        if "curve" in self.writer.ledger.tables:
-            rows = self.writer.ledger.table("curve").rows(named=True)
-            self._curve = [row for row in rows if row["step"] < self._step]
         self._seconds = 0.0
         self._told_moved = False
         self._hooks = StepHooks(self.optimizer.optimizer, self._before_update, self._after_update)
@@ -288,8 +284,15 @@ class Run:
         return self._coverage.frame()
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Keep a row of a training curve (loss, tokens per second, …) beside the values; table "curve"."""
-        self._curve.append({"step": float(self._step), **{k: float(v) for k, v in values.items()}})
+        """Keep a row of a training curve (loss, tokens per second, …) beside the values; table "curve".
+
+        Raises:
+            StoreError: the disk refuses; the row is kept.
+        """
+        row = {name: float(value) for name, value in values.items()}
+        if self.processes.rank == 0 and not self._written:
+            with self._work("in writing"):
+                self.writer.add_step("curve", float(self._step), row)
 
     def status(self) -> RunStatus:
         """How far the run is, and what it has cost."""
@@ -320,13 +323,8 @@ class Run:
                 if isinstance(session, Settles):
                     session.settle()
                 session.flush()
-            self._write_curve()
             self.writer.flush()
         return {"step": self._step}
-
-    def _write_curve(self) -> None:
-        if self._curve and self.processes.rank == 0:
-            self.writer.add_table("curve", pl.DataFrame(self._curve))
 
     @property
     def ledger(self) -> Ledger:
@@ -362,7 +360,6 @@ class Run:
             known = "coverage" in self.writer.ledger.tables
             if self.processes.rank == 0 and (self._coverage.uses or not known):
                 self.writer.add_table("coverage", self.coverage())
-            self._write_curve()
             self.writer.close()
             self._written = True
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from assay.doctor.diagnosis import Finding, Room, set_aside
 from assay.errors import NewerFormatError, StoreError
@@ -14,7 +15,7 @@ from assay.store.files import FrameFile, frame_file, frame_schema, scan_frames, 
 from assay.store.header import NAME, Header, read_header
 from assay.store.ids import kind_of_dtype
 from assay.store.parts import PART
-from assay.store.schema import DETAILS, PARTED, TABLES, targets_of
+from assay.store.schema import DETAILS, PARTED, STEPWISE, TABLES, targets_of
 from assay.store.tensors import snapshot_files
 
 __all__ = ["examine_run"]
@@ -29,8 +30,8 @@ def examine_run(root: Path) -> tuple[Room, list[Finding]]:
     findings: list[Finding] = []
     contents: dict[str, int] = {}
     header = _header(root, findings)
-    details = [table for table in DETAILS if (root / table).is_dir()]
-    for table in (*PARTED, *details, TABLES):
+    recorded = [table for table in (*DETAILS, *STEPWISE) if (root / table).is_dir()]
+    for table in (*PARTED, *recorded, TABLES):
         folder = root / table
         if not folder.is_dir():
             what = "the folder is not there, and nothing of what was in it"
@@ -138,7 +139,7 @@ def _gaps(folder: Path, numbers: list[int], expected: int | None) -> Iterator[Fi
 
 
 def _rows(paths: list[Path]) -> int:
-    return int(scan_frames(paths).select(pl.len()).collect().item()) if paths else 0
+    return sum(int(pq.read_metadata(path).num_rows) for path in paths)  # not all of one schema
 
 
 def _snapshots(root: Path) -> Iterator[Finding]:

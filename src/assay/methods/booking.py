@@ -81,12 +81,13 @@ class Aged:
     fresh: Sequence[Tensor]
     stale: Sequence[Tensor]
 
-    def rows(self, step: int, targets: Sequence[str]) -> Iterator[tuple[int, str, int, float, float, float]]:
-        """Step, target, age, both sums, and ‖stale − fresh‖ / ‖fresh‖ over the samples."""
+    def rows(self, targets: Sequence[str]) -> Iterator[dict[str, float | str]]:
+        """Of the table "refresh": target, age, both sums, and ‖stale − fresh‖ / ‖fresh‖ over the samples."""
         fresh, stale = (torch.cat(list(found), 1).double().cpu() for found in (self.fresh, self.stale))
         errors = (stale - fresh).norm(dim=1) / fresh.norm(dim=1)
         for n, name in enumerate(targets):
-            yield step, name, self.age, float(fresh[n].sum()), float(stale[n].sum()), float(errors[n])
+            sums = {"fresh": float(fresh[n].sum()), "stale": float(stale[n].sum())}
+            yield {"target": name, "age": self.age, **sums, "error": float(errors[n])}
 
 
 def token_columns(step: int, micro: int, targets: Sequence[str], values: Tensor) -> dict[str, pl.Series]:
@@ -116,9 +117,7 @@ class Books:
         self.writer, self.targets, self.band, self.path = writer, targets, band, path
         self._sums = {name: [0.0, 0.0, 0.0] for name in targets}  # explained, actual, |actual|
         self._steps = 0
-        self._points: list[tuple[int, int, bool, float]] = []
         self._joined = torch.zeros(3, len(targets), dtype=torch.float64)  # predicted, carried, decayed
-        self._aged: list[tuple[int, str, int, float, float, float]] = []
         self._told_gap = self._told_share = False
         self._recall()
 
@@ -131,12 +130,6 @@ class Books:
             ok = account.filter(account["status"] == "ok")
             explained = float((ok["predicted"] + ok["carried"] + ok["decayed"]).sum())
             self._sums[name] = [explained, float(ok["actual"].sum()), float(ok["actual"].abs().sum())]
-        if "quadrature" in ledger.tables:
-            known = set(account["step"].to_list())
-            self._points = [row for row in ledger.table("quadrature").rows() if row[0] in known]
-        if "refresh" in ledger.tables:
-            last = max(ledger.account(self.targets[0])["step"].to_list(), default=-1)
-            self._aged = [row for row in ledger.table("refresh").rows() if row[0] <= last]
 
     def write(self, bookings: Sequence[Booking]) -> None:
         """Move complete bookings to the host and to the writer.
@@ -151,9 +144,6 @@ class Books:
                     add()
                 except StoreError as error:
                     refused = refused or error
-        if bookings:
-            self._write_quadrature()
-            self._write_aged()
         if refused is not None:
             raise refused
 
@@ -180,7 +170,8 @@ class Books:
         self._steps += 1
         self._warn_of_gap(booking)
         if booking.aged is not None:
-            self._aged += booking.aged.rows(booking.step, self.targets)
+            for row in booking.aged.rows(self.targets):
+                yield partial(self.writer.add_step, "refresh", booking.step, row)
         if booking.joins:
             self._joined += torch.stack([predicted, carried, decayed])
             return
@@ -196,24 +187,10 @@ class Books:
                 for i, x in enumerate((p + c + d, a, abs(a))):
                     self._sums[name][i] += x
         if booking.points:
-            self._points.append((booking.step, booking.points, booking.met, booking.seconds))
-
-    def _write_quadrature(self) -> None:
-        """The table "quadrature": step, points, met, seconds.
-
-        Points are gradients along the step, both ends included; met says whether the tolerance was; the seconds are
-        those of the points between the ends, which come on top of the one gradient per step that any path takes.
-        """
-        if self._points:
-            columns = {"step": pl.Int64(), "points": pl.Int64(), "met": pl.Boolean(), "seconds": pl.Float64()}
-            self.writer.add_table("quadrature", pl.DataFrame(self._points, schema=columns, orient="row"))
-
-    def _write_aged(self) -> None:
-        """The table "refresh": step, target, age, fresh, stale, error; see `Aged`."""
-        if self._aged:
-            names = {"step": pl.Int64(), "target": pl.String(), "age": pl.Int64()}
-            columns = {**names, "fresh": pl.Float64(), "stale": pl.Float64(), "error": pl.Float64()}
-            self.writer.add_table("refresh", pl.DataFrame(self._aged, schema=columns, orient="row"))
+            # Points are gradients along the step, both ends included; met says whether the tolerance was; the seconds
+            # are those of the points between the ends, which come on top of the one gradient that any path takes.
+            row = {"points": booking.points, "met": booking.met, "seconds": booking.seconds}
+            yield partial(self.writer.add_step, "quadrature", booking.step, row)
 
     def explained(self) -> Mapping[str, float]:
         """(Σ predicted + carried + decayed) / Σ actual, by target, over the steps written so far."""

@@ -6,7 +6,8 @@ A run folder is data, never code: JSON and Parquet, nothing pickled.
     values/part-000000-CRC32.parquet       step, micro, id and one column "value:TARGET" per target
     account/part-000000-CRC32.parquet      step, target, predicted, carried, decayed, actual, residual, status
     metadata/part-000000-CRC32.parquet     id and the user's columns; a later part overrules an earlier one
-    packed/part-000000-CRC32.parquet       step, id and, as lists, the documents in a packed row; likewise tokens, norms
+    packed/, tokens/, norms/               likewise, in runs that record them: step, micro, id and more
+    curve/, quadrature/, refresh/          likewise: step and more; a later part may have other columns
     tables/NAME-000000-CRC32.parquet       side tables; the highest number is the table
     processes/0001/                        a folder like this one for every further process of a distributed run
 

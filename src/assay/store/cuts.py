@@ -7,17 +7,18 @@ header is all that happens, so there is no moment at which rows count twice or n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import polars as pl
 
-from assay.store.files import frame_file
+from assay.store.files import frame_file, frame_schema
 from assay.store.header import Cut
 from assay.store.parts import Part, stack
+from assay.store.schema import STEPWISE
 
-__all__ = ["end_of", "stack_below"]
+__all__ = ["end_of", "stack_below", "stepwise"]
 
 
 def stack_below(parts: Sequence[Part], table: str, cuts: Sequence[Cut], schema: pl.Schema) -> pl.LazyFrame:
@@ -36,6 +37,28 @@ def stack_below(parts: Sequence[Part], table: str, cuts: Sequence[Cut], schema: 
         rows = stack(list(some), schema)
         frames.append(rows if limit is None else rows.filter(pl.col("step") < limit))
     return pl.concat(frames, how="vertical") if frames else pl.LazyFrame(schema=schema)
+
+
+def stepwise(tables: Mapping[str, Sequence[Part]], cuts: Sequence[Cut]) -> dict[str, pl.LazyFrame]:
+    """Those of `schema.STEPWISE` that have rows, by name; a column that a part does not have is null there.
+
+    Args:
+        tables: Parts by table.
+        cuts: of the run.
+    """
+    found = {}
+    for name in STEPWISE:
+        alike = groupby(
+            tables.get(name, ()), _schema
+        )  # one scan of many files is much faster than many scans
+        frames = [stack_below(list(some), name, cuts, schema) for schema, some in alike]
+        if frames:
+            found[name] = pl.concat(frames, how="diagonal_relaxed")
+    return found
+
+
+def _schema(part: Part) -> pl.Schema:
+    return frame_schema(part) if isinstance(part, Path) else part.schema
 
 
 def end_of(parts: Sequence[Part]) -> int:

@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from assay.errors import AssayWarning, StoreError
-from assay.store.cuts import stack_below
+from assay.store.cuts import stack_below, stepwise
 from assay.store.files import FrameFile, damaged, frame_file, frame_schema, scan_frames, verify_frame
 from assay.store.header import NAME, Header, read_header
 from assay.store.parts import PART, merge
-from assay.store.schema import ACCOUNT, DETAILS, PARTED, TABLES, metadata_schema, values_schema
+from assay.store.schema import (
+    ACCOUNT,
+    DETAILS,
+    PARTED,
+    STEPWISE,
+    TABLES,
+    metadata_schema,
+    values_schema,
+)
 from assay.store.tensors import TensorFiles, snapshot_files
 
 if TYPE_CHECKING:
@@ -90,8 +98,12 @@ class RunFolder:
         return self._side
 
     def side(self) -> dict[str, pl.LazyFrame]:
-        """Side tables by name."""
-        return {name: scan_frames([path]) for name, path in self._side.items()}
+        """Side tables by name, those that grow with the steps among them.
+
+        Where one of these has no part, a run of an older assay may have kept it as a whole.
+        """
+        whole = {name: scan_frames([path]) for name, path in self._side.items()}
+        return whole | stepwise(self._parts, self.header.cuts)
 
     def verify(self) -> None:
         """Compare every file with its checksum; StoreError names the first one that is damaged."""
@@ -102,7 +114,7 @@ class RunFolder:
 
     def _look(self) -> None:
         self.header = read_header(self.path)
-        recorded = [table for table in DETAILS if (self.path / table).is_dir()]
+        recorded = [table for table in (*DETAILS, *STEPWISE) if (self.path / table).is_dir()]
         for table in (*PARTED, *recorded):
             self._parts[table] = self._list(table)
         self._side = self._list_side()

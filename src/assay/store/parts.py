@@ -100,6 +100,12 @@ class PartTable(Generic[Entry]):
         return found, skip, Mark(len(parts), sealed is not None, len(buffer), rows)
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing so far, in a part or waiting."""
+        parts, sealed, buffer = self._held
+        return not parts and sealed is None and not buffer
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """The parts alone."""
         return self._held[0]

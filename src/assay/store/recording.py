@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 
 from assay.errors import StoreError
-from assay.store.cuts import end_of, stack_below
+from assay.store.cuts import end_of, stack_below, stepwise
 from assay.store.files import frame_file, verify_frame, write_error, write_frame
 from assay.store.folder import RunFolder, gradients_folder
 from assay.store.header import NAME, Header
@@ -27,6 +27,7 @@ from assay.store.schema import (
     DETAILS,
     PARTED,
     SHARDS,
+    STEPWISE,
     TABLES,
     metadata_schema,
     value_column,
@@ -75,10 +76,8 @@ class Recording:
             "account": self._account,
             "metadata": self._metadata,
         }
-        self._details: dict[str, PartTable[pl.DataFrame]] = {
-            name: self._table(name, _build_rows) for name in DETAILS if name in self._before
-        }
-        self._tables |= self._details
+        for names, build in _OPTIONAL:
+            self._tables |= {name: self._table(name, build) for name in names if name in self._before}
         self._side: dict[str, _SideTable] = {}
         for name, path in ({} if before is None else before.side_files).items():
             self._side[name] = _SideTable(pl.read_parquet(path), _number(path), path)
@@ -108,14 +107,21 @@ class Recording:
     def append_rows(self, table: str, frame: pl.DataFrame) -> None:
         """Buffer rows of a table that not every run has, one of `schema.DETAILS`; its first rows fix its columns."""
         if table not in self._tables:
-            folder = self._folder(table)
-            if folder is not None:
-                try:
-                    folder.mkdir(exist_ok=True)
-                except OSError as error:
-                    raise write_error(folder, error) from error
-            self._details[table] = self._tables[table] = self._table(table, _build_rows)
-        self._details[table].append(frame, len(frame))
+            self._tables[table] = self._table(table, _build_rows)
+        self._tables[table].append(frame, len(frame))
+
+    def append_step(self, table: str, row: Mapping[str, Any]) -> None:
+        """Buffer a row of one of `schema.STEPWISE`, with a `step`; a later row may have other columns."""
+        if table not in self._tables:
+            self._tables[table] = self._table(table, _build_steps)
+        if self._tables[table].empty:
+            for kept in self._kept_whole(table):
+                self._tables[table].append(kept, 1)
+        self._tables[table].append(row, 1)
+
+    def grows(self, table: str) -> bool:
+        """Whether a side table has got rows step by step."""
+        return table in STEPWISE and table in self._tables and not self._tables[table].empty
 
     def put_table(self, name: str, frame: pl.DataFrame) -> None:
         """Set a side table."""
@@ -136,7 +142,10 @@ class Recording:
         """Write all that waits; StoreError if the disk refuses, with the rest still waiting."""
         self.flush_header()  # first, since it says of which kind the ids of the parts are
         for name in sorted(self._tables, key=lambda name: name not in ABOUT_SAMPLES):
-            self._tables[name].flush()
+            table = self._tables[name]
+            if name not in PARTED and table.waiting and not table.end:
+                self._make_folder(name)
+            table.flush()
         if self.path is not None:
             for name, side in self._side.items():
                 side.write(self.path / TABLES, name)
@@ -175,12 +184,14 @@ class Recording:
 
     def rows(self, table: str) -> pl.LazyFrame | None:
         """Rows of one of `schema.DETAILS`; None if the run has none."""
-        contents = self._details[table].contents() if table in self._details else []
+        contents = self._tables[table].contents() if table in self._tables else []
         return stack_below(contents, table, self.header.cuts, pl.Schema()) if contents else None
 
     def side(self) -> dict[str, pl.LazyFrame]:
-        """Side tables by name."""
-        return {name: table.frame.lazy() for name, table in self._side.items()}
+        """Side tables by name, those that grow with the steps among them."""
+        whole = {name: table.frame.lazy() for name, table in self._side.items()}
+        grown = {name: self._tables[name].contents() for name in STEPWISE if name in self._tables}
+        return whole | stepwise(grown, self.header.cuts)
 
     def verify(self) -> None:
         """Compare every part with its checksum; StoreError names the first one that is damaged."""
@@ -188,6 +199,25 @@ class Recording:
             for part in table.parts:
                 if isinstance(part, Path):
                     verify_frame(part)
+
+    def _make_folder(self, table: str) -> None:
+        """Before the first part of a table that not every run has; StoreError if the disk refuses."""
+        folder = self._folder(table)
+        if folder is not None:
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise write_error(folder, error) from error
+
+    def _kept_whole(self, table: str) -> list[dict[str, Any]]:
+        """The rows that count of a table which the run that goes on here, of an older assay, kept as a whole."""
+        before = self._side.get(table)
+        if before is None:
+            return []
+        frame = before.frame
+        if self.header.cuts and "step" in frame.columns:
+            frame = frame.filter(pl.col("step") < self.header.cuts[-1].step)
+        return frame.rows(named=True)
 
     def _table(self, name: str, build: Callable[[list[Entry]], pl.DataFrame]) -> PartTable[Entry]:
         parts = self._before.get(name, [])
@@ -241,6 +271,19 @@ def _build_rows(frames: list[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(frames, how="vertical")
 
 
+def _build_steps(rows: list[Mapping[str, Any]]) -> pl.DataFrame:
+    return pl.DataFrame(
+        rows, infer_schema_length=None
+    )  # the columns of all rows, also of those that come late
+
+
+# the tables that not every run has, and what makes their entries a frame
+_OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[list[Any]], pl.DataFrame]], ...] = (
+    (DETAILS, _build_rows),
+    (STEPWISE, _build_steps),
+)
+
+
 def _build_account(rows: list[AccountEntry]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=ACCOUNT, orient="row")
 
@@ -273,7 +316,9 @@ def _create(out: Path, header: Header) -> WriteLock:
 
 def _check_free(out: Path, lock: WriteLock) -> None:
     """StoreError if the folder holds a run; what one left that was killed before it had begun is removed."""
-    there = [name for name in (NAME, *PARTED, *DETAILS, TABLES, SHARDS) if os.path.exists(out / name)]
+    there = [
+        name for name in (NAME, *PARTED, *DETAILS, *STEPWISE, TABLES, SHARDS) if os.path.exists(out / name)
+    ]
     begun = lock.sure and NAME not in there and all(name in (*PARTED, TABLES) for name in there)
     if there and not (begun and not any(any((out / name).iterdir()) for name in there)):
         raise _occupied(out)

@@ -14,6 +14,7 @@ STATUSES = ("ok", "nan", "skipped")
 PARTED = ("values", "account", "metadata")  # the tables that grow by parts; each has a folder of its name
 DETAILS = ("tokens", "norms", "packed")  # likewise, in runs that record them
 ABOUT_SAMPLES = ("metadata", "packed")  # written before the rest: what a kill leaves of values has them
+STEPWISE = ("curve", "quadrature", "refresh")  # likewise, and `Ledger.table` reads them
 TABLES = "tables"  # the folder of the side tables
 SHARDS = "processes"  # the folder of the run folders of the other processes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,19 +236,37 @@ class RunWriter:
         self._recording.append_rows(table, pl.DataFrame({"id": series, **columns}))
         self._flush_if_due()
 
+    def add_step(self, table: str, step: float, row: Mapping[str, float | str]) -> None:
+        """Record a row of a side table that grows with the run.
+
+        Args:
+            table: "curve", "quadrature" or "refresh"; `Ledger.table` shows all of its rows.
+            step: Optimizer step; a run that is resumed there or before overrules the row.
+            row: The other columns, not the same ones in every call; a row without one of them is null there.
+
+        Raises:
+            StoreError: The writer is closed, or a flush failed (the row is kept).
+        """
+        self._check_open()
+        self._recording.append_step(table, {"step": step, **row})
+        self._flush_if_due()
+
     def add_table(self, name: str, frame: pl.DataFrame) -> None:
-        """Keep a small side table, such as the loss curve; one of the same name is replaced as a whole.
+        """Keep a small side table, such as the coverage; one of the same name is replaced as a whole.
 
         Args:
             name: Up to 64 lower-case letters, digits, "_" and "-".
             frame: The table; it reaches the disk with the next flush.
 
         Raises:
-            InputError: An unusable name, or a column whose type Parquet cannot hold.
+            InputError: An unusable name, that of a table which `add_step` has begun, or a column whose type Parquet
+                cannot hold.
             StoreError: The writer is closed.
         """
         self._check_open()
         check_table_name(name)
+        if self._recording.grows(name):
+            raise InputError(f"table {name!r} grows row by row in this run: give this one another name")
         _check_frame(frame, f"table {name!r}")
         self._recording.put_table(name, frame)
 

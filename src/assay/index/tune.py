@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor
 from assay.capture.sides import Sides
 from assay.curvature import Block, Diagonal, Fisher
 from assay.errors import InputError
-from assay.evaluate.intervals import Score, mean_with_interval
-from assay.evaluate.lds import rank_correlation
-from assay.evaluate.subsets import SubsetTruth
 from assay.index.curvature import Curvature
 from assay.methods.influence import InfluenceFunction
 from assay.projection import Layer
 from assay.rows import RowReader
+
+if TYPE_CHECKING:
+    from assay.evaluate.intervals import Score
+    from assay.evaluate.subsets import SubsetTruth
 
 __all__ = ["DAMPINGS", "Reduced", "Tuning", "sums_over_subsets", "sweep"]
 
@@ -172,6 +174,9 @@ def sweep(
         raise InputError(
             f"the truth has {truth.losses.shape[1]} queries and {len(queries)} were given: they must agree."
         )
+    from assay.evaluate.intervals import mean_with_interval  # its baselines import the index
+    from assay.evaluate.lds import rank_correlation
+
     settings, scores = [], []
     for rank, curvature in product(ranks, blocks):
         reduced = None if rank is None else Reduced.of(layers, sides, rank, random)
@@ -199,6 +204,8 @@ def sweep(
 
 def _held_out(scores: Tensor) -> Score:
     """`[settings, Q]`: the score on each half of the queries of what was best on the other half."""
+    from assay.evaluate.intervals import mean_with_interval
+
     halves = torch.arange(scores.shape[1]) % 2
     found = torch.empty(scores.shape[1], dtype=scores.dtype)
     for half in (0, 1):

@@ -201,6 +201,7 @@ class SnapshotSession:
         self._pinned = (
             0  # the snapshot that stays, whatever the distance: where a run may be, or was, taken up
         )
+        self._kept: set[int] = set()  # the snapshots that there are; of the writing thread, once the run goes
         self._steps: list[dict[str, Any]] = []
         self._random: list[RandomState] = []
         self._open: list[int] = []  # of each micro-batch of the open step, where its random state is
@@ -226,6 +227,8 @@ class SnapshotSession:
         for number in self.files.numbers(STATE):
             if number >= step:
                 self.files.delete(STATE, number)
+            else:
+                self._kept.add(number)
         for number in self.files.numbers(LOG):
             if number >= step:
                 self.files.delete(LOG, number)
@@ -304,14 +307,15 @@ class SnapshotSession:
         if first is not None:
             self.files.write(LOG, first, log)  # first, so that no snapshot stands without the way to it
         self._bytes_each = max(self._bytes_each, self.files.write(STATE, step, content))
+        self._kept.add(step)
 
     def _thin(self, step: int, distance: int, pinned: int) -> None:
         """Delete what stands between; if the snapshot was refused, the one before is kept with all others."""
-        numbers = self.files.numbers(STATE)
-        if step in numbers:
-            for number in numbers:
+        if step in self._kept:
+            for number in sorted(self._kept):
                 if number % distance and number not in (step, pinned):
                     self.files.delete(STATE, number)
+                    self._kept.remove(number)
 
     def _wait(self) -> None:
         if self._writing is not None:

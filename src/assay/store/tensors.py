@@ -6,8 +6,9 @@ NAME-NUMBER-CRC32.pt       `torch.save` of dicts, lists, numbers, strings and te
 from __future__ import annotations
 
 import re
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +27,10 @@ _FILE = re.compile(r"(.+)-(\d{9,})-([0-9a-f]{8})\.pt")
 class TensorFiles:
     """Numbered contents under names, in a folder or in memory.
 
+    One process writes a folder; others may read it meanwhile. `numbers` looks into the folder. Everything else goes by
+    what was seen there last and written since, and looks again only where a file is not as expected: a folder that
+    grows with the run is not listed at every write.
+
     Args:
         folder: made when the first file is written; None keeps everything in memory.
 
@@ -40,6 +45,8 @@ class TensorFiles:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._held: dict[tuple[str, int], Any] = {}
+        self._files: dict[tuple[str, int], list[Path]] | None = None  # None: to be looked up
+        self._lock = threading.RLock()  # a thread of the run's writes while another one asks
 
     def write(self, name: str, number: int, content: Any) -> int:
         """Store a content, in place of one under the same name and number; how many bytes it takes.
@@ -57,12 +64,15 @@ class TensorFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.folder, error) from error
-        older = self._paths(name).get(number)
         path = self.folder / f"{name}-{number:09d}-{zlib.crc32(data):08x}.pt"
-        write_atomic(path, data)
-        if older is not None and older != path:
-            with suppress(OSError):
-                older.unlink()
+        with self._lock:
+            files = self._known()
+            older = files.get((name, number), [])
+            self._files = None  # until the write is known to have been done
+            write_atomic(path, data)
+            files[name, number] = [path]
+            self._files = files
+            _remove(file for file in older if file != path)
         return len(data)
 
     def read(self, name: str, number: int) -> Any:
@@ -73,7 +83,7 @@ class TensorFiles:
         """
         if self.folder is None:
             return self._held[name, number]
-        path = self._paths(name).get(number)
+        path = self._path(name, number)
         if path is None:
             raise StoreError(f"{self.folder} has no {name} number {number}: put it back, or train anew")
         return torch.load(BytesIO(_verified(path)), map_location="cpu", weights_only=True)
@@ -82,15 +92,16 @@ class TensorFiles:
         """The numbers that there are, sorted."""
         if self.folder is None:
             return sorted(number for held, number in self._held if held == name)
-        return sorted(self._paths(name))
+        with self._lock:
+            self._files = None
+            return sorted(number for held, number in self._known() if held == name)
 
     def delete(self, name: str, number: int) -> None:
         """Remove a content if it is there."""
         self._held.pop((name, number), None)
-        path = None if self.folder is None else self._paths(name).get(number)
-        if path is not None:
-            with suppress(OSError):
-                path.unlink()
+        if self.folder is not None:
+            with self._lock:
+                _remove(self._known().pop((name, number), []))
 
     def bytes(self) -> int:
         """What everything takes."""
@@ -107,14 +118,42 @@ class TensorFiles:
                 except StoreError as error:
                     yield path, error
 
-    def _paths(self, name: str) -> dict[int, Path]:
-        assert self.folder is not None
-        found: dict[int, Path] = {}
-        for path in sorted(self.folder.glob("*.pt")):
-            match = _FILE.fullmatch(path.name)
-            if match and match[1] == name:
-                found[int(match[2])] = path
-        return found
+    def _path(self, name: str, number: int) -> Path | None:
+        """Where a content is; None if it is not there."""
+        with self._lock:
+            found = self._known().get((name, number), [])
+            if not found or not found[-1].exists():  # another process has written it since, or anew
+                self._files = None
+                found = self._known().get((name, number), [])
+            return found[-1] if found else None
+
+    def _known(self) -> dict[tuple[str, int], list[Path]]:
+        """The files of each content, the newest last: a killed writer may have left the one before it there."""
+        if self._files is None:
+            assert self.folder is not None
+            self._files = {}
+            for path in sorted(self.folder.glob("*.pt")):
+                match = _FILE.fullmatch(path.name)
+                if match:
+                    self._files.setdefault((match[1], int(match[2])), []).append(path)
+            for paths in self._files.values():
+                if len(paths) > 1:
+                    paths.sort(key=_written)
+        return self._files
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _written(path: Path) -> int:
+    """When, in nanoseconds; 0 if it is no longer there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _verified(path: Path) -> bytes:

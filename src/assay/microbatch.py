@@ -111,6 +111,7 @@ class Watcher:
         closing.enter_context(capture)
         for leaf in torch.utils._pytree.tree_leaves(inputs):
             if isinstance(leaf, Tensor):
+                self.weights.outside.expect([leaf], capture.batch)  # the caller says so
                 capture.enter(leaf)
         return Watching(ids, weights, capture, boundary, watches)
 
@@ -198,6 +199,7 @@ class Watcher:
                 f"run.step(ids): {capture.batch} ids were given, but the model received tensors of "
                 f"{', '.join(map(str, dict.fromkeys(rows)))} rows; give one id per row of dimension 0."
             )
+        self.weights.outside.expect(tensors, capture.batch)
         for tensor in tensors:
             capture.enter(tensor)
         if self._check_due and self.processes.all(capture.batch > 1):

@@ -250,6 +250,11 @@ class Boundary:
             raise self._error(f"output {k} of the model, which the loss uses, has no row per sample")
         return layout
 
+    def _row(self, x: Any, i: int) -> Any:
+        """What sample i has of an input."""
+        rows = isinstance(x, Tensor) and x.dim() and len(x) == self.capture.batch
+        return x[i : i + 1] if rows and not self.weights.outside.is_constant(x) else x
+
     def sample_loop(self, params: Sequence[Parameter]) -> Iterator[tuple[int, list[Tensor]]]:
         """Every sample's gradients `[*shape]`, pass by pass."""
         batch = self.capture.batch
@@ -259,7 +264,7 @@ class Boundary:
                     "it draws random numbers (dropout), which one sample at a time would draw anew"
                 )
             for i in range(batch):
-                inputs = tree_map(lambda x, i=i: _rows(x, i, batch), (record.args, record.kwargs))
+                inputs = tree_map(lambda x, i=i: self._row(x, i), (record.args, record.kwargs))
                 with self._again(record), torch.enable_grad():
                     values = {p: p.detach().requires_grad_() for p in params}
                     found = self.run(record, values, inputs)
@@ -330,10 +335,6 @@ def _dual(param: Parameter, direction: Tensor) -> Any:
 
 def _parts(x: Tensor) -> Any:
     return forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
-
-
-def _rows(x: Any, i: int, batch: int) -> Any:
-    return x[i : i + 1] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x
 
 
 def _own(layout: Layout, gradient: Tensor, i: int) -> Tensor:

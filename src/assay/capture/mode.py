@@ -106,6 +106,9 @@ class Capture(Recorder, TorchFunctionMode):
         self.uses = 0
         self.paused = self.in_compiled_backward = False
         self._token = object()
+        self._by_rows: dict[
+            tuple[int, ...], None
+        ] = {}  # shapes of what was taken for samples by its rows alone
 
     # --- every call ---
 
@@ -229,7 +232,7 @@ class Capture(Recorder, TorchFunctionMode):
     # --- what is known of a tensor ---
 
     def mark_of(self, tensor: Tensor) -> Mark:
-        """What is known of a tensor; one that was never seen carries samples if its first dimension has B rows."""
+        """What is known of a tensor; one from outside of the step carries samples if its rows say so (`outside`)."""
         known = self._known(tensor)
         if known is not None:
             return known
@@ -240,7 +243,9 @@ class Capture(Recorder, TorchFunctionMode):
             return CONSTANT
         if self.batch == 1:
             return Data(Layout(0, 1, inner=tensor.shape[0])) if tensor.dim() else CONSTANT
-        if tensor.dim() and tensor.shape[0] == self.batch:
+        if self.weights.outside.carries(tensor, self.batch):
+            if tensor.is_floating_point():  # no index, no labels
+                self._by_rows[tuple(tensor.shape)] = None
             return Data(Layout(0, self.batch))
         return CONSTANT
 
@@ -249,6 +254,10 @@ class Capture(Recorder, TorchFunctionMode):
         known = self._known(tensor)
         positions = positions_in(tensor) if self.by_token else 0
         fresh = known is None or known is CONSTANT
+        if fresh and self.batch > 1 and not self.weights.outside.carries(tensor, self.batch):
+            if self.weights.outside.is_constant(tensor):
+                self._set(tensor, CONSTANT)  # holds of copies as well
+            return
         if (fresh or positions) and tensor.dim() and tensor.shape[0] == self.batch:
             tokens = Layout(1, positions) if positions else None
             layout = known.layout if isinstance(known, Data) else Layout(0, self.batch)
@@ -359,7 +368,17 @@ class Capture(Recorder, TorchFunctionMode):
         raise CoverageError(
             f"parameter {', '.join(names)} meets the samples in `{call.name}`, whose per-sample gradients cannot be "
             f"formed: {reason}. Pass exclude={names} to leave it out of the scores (they are then partial), or "
-            "rewrite the operation."
+            f"rewrite the operation.{self._guessed()}"
+        )
+
+    def _guessed(self) -> str:
+        """What a refusal says of tensors that may be no samples."""
+        if not self._by_rows:
+            return ""
+        shapes = " and ".join(str(list(shape)) for shape in list(self._by_rows)[:3])
+        return (
+            f" What came from outside of the step with the shape {shapes} was taken for samples by its rows; if it is "
+            "constant, make it a buffer before Run()."
         )
 
     def names_of(self, weight: Weight | None) -> str:

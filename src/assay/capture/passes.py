@@ -69,7 +69,7 @@ def recorded(model: Module, device: torch.device, args: Any, kwargs: Any) -> Pas
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     autocast = device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
+    args, kwargs = tree_map(_without_history, (args, dict(kwargs)))
     modes = [module.training for module in model.modules()]
     return Pass(args, kwargs, torch.get_rng_state(), cuda, autocast, buffers, modes)
 
@@ -93,6 +93,11 @@ def surroundings(model: Module, record: Pass, device: torch.device) -> Iterator[
         finally:
             for module, mode in zip(modules, now, strict=True):
                 module.training = mode
+
+
+def _without_history(x: Any) -> Any:
+    """Detached; the very tensor where there is nothing to detach, for what is known of it goes by identity."""
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def differentiable(leaves: Sequence[Any]) -> list[int]:

@@ -10,19 +10,27 @@ from torch.utils._pytree import tree_leaves
 
 from assay.capture.factors import Factors, Lookup
 from assay.capture.marks import Weight, leaf
+from assay.capture.outside import Outside
 
 __all__ = ["Weights", "constants_of"]
 
 
 def constants_of(model: Module) -> list[Tensor]:
     """The tensors of a model that carry no sample: its buffers, and what its modules hold as plain attributes."""
-    held = [x for module in model.modules() for x in tree_leaves(list(_attributes(module)))]
+    modules = list(model.modules())
+    classes = dict.fromkeys(kind for module in modules for kind in type(module).__mro__)
+    owners: list[Module | type] = [*modules, *classes]
+    held = [x for owner in owners for x in tree_leaves(list(_attributes(owner)))]
     return [*model.buffers(), *(x for x in held if isinstance(x, Tensor) and not x.requires_grad)]
 
 
-def _attributes(module: Module) -> Iterator[object]:
-    for name, value in vars(module).items():
-        if not name.startswith("_") and isinstance(value, (Tensor, list, tuple, dict)):
+_KEPT_BY_TORCH = frozenset(vars(Module()))  # parameters, buffers, submodules, hooks
+
+
+def _attributes(owner: Module | type) -> Iterator[object]:
+    for name, value in vars(owner).items():  # as they are stored: no property runs
+        told = name not in _KEPT_BY_TORCH and not name.startswith("__")
+        if told and isinstance(value, (Tensor, list, tuple, dict)):
             yield value
 
 
@@ -44,6 +52,7 @@ class Weights:
     Attributes:
         uncovered: parameters that the fallback measures, and why.
         fallback: which one, "forward mode" or "sample loop".
+        outside: what was made of tensors from outside of the steps.
     """
 
     def __init__(
@@ -61,7 +70,7 @@ class Weights:
         self.marks = {id(self.used(param)): leaf(param, self.groups[param]) for param in self.names}
         self.constants = {id(tensor): tensor for tensor in constants}  # held, so that no id is given anew
         self.uncovered: dict[Parameter, str] = {}
-        self.fallback = ""
+        self.fallback, self.outside = "", Outside()
         self.number_of_groups = max(self.groups.values(), default=0) + 1
 
     def hand_over(self, params: Mapping[Parameter, str], fallback: str) -> None:

@@ -115,6 +115,10 @@ class Watcher(Protocol):
         """What is known of a tensor."""
         ...
 
+    def rows_as(self, x: Tensor, other: Tensor) -> Tensor:
+        """`x`, which carries no sample, with its rows given to the samples of another tensor's rows."""
+        ...
+
     def layout_of(self, call: Call, out: Tensor) -> Layout | None:
         """Where the samples are in the result of a call."""
         ...

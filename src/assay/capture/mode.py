@@ -289,6 +289,14 @@ class Capture(Recorder, TorchFunctionMode):
         if id(tensor) not in self.weights.marks:
             tensor._assay = (self._token, mark)  # type: ignore[attr-defined]
 
+    def rows_as(self, x: Tensor, other: Tensor) -> Tensor:
+        """`x`, which carries no sample, with its rows given to the samples of another tensor's rows."""
+        if isinstance(self.mark_of(x), Data):
+            return x
+        rows = torch.zeros_like(x)
+        self._set(rows, self.mark_of(other))
+        return x + rows
+
     def layout_of(self, call: Call, out: Tensor) -> Layout | None:
         """Where the samples are in the result of a call."""
         if self.batch == 1:

@@ -104,6 +104,8 @@ def recurrent(call: Call) -> Any:
             for direction in range(2 if both else 1):
                 k = layer * (2 if both else 1) + direction
                 begin = tuple(s[k] for s in start)
+                if packed and direction == 1:  # each sequence's state joins those that run already
+                    begin = tuple(call.capture.rows_as(s, steps[0]) for s in begin)
                 outputs, end = _direction(_CELLS[call.name], steps, begin, weights[k], reverse=direction == 1)
                 found.append(outputs)
                 ends.append(end)

@@ -16,7 +16,7 @@ from assay.capture.layout import Layout
 from assay.capture.track.common import Args, Kwargs, agree
 from assay.capture.track.cuts import CUTS
 from assay.capture.track.indexing import PICKS, picked_by, written
-from assay.capture.track.joins import JOINS
+from assay.capture.track.joins import CATS, JOINS, along_rows
 from assay.capture.track.moves import MOVES
 
 __all__ = ["ALONG", "follow", "written"]
@@ -48,6 +48,8 @@ def follow(
     if name == "where" and len(args) == 1:
         name = "nonzero"
     voters = _voters(name, data, args)
+    if name in CATS and along_rows(voters, args, kwargs, out):  # all of them say whose rows they bring
+        voters = [(tensor, layout) for tensor, layout in data if layout is not None]
     known = [(tensor, layout) for tensor, layout in voters if layout is not None]
     if len(known) < len(voters):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,15 @@ from torch import Tensor
 from assay.capture.layout import Layout
 from assay.capture.track.common import Args, Known, Kwargs, agree, dimension, whole_owner
 
-__all__ = ["JOINS", "Join"]
+__all__ = ["CATS", "JOINS", "Join", "along_rows"]
 
 Join = Callable[[Known, Args, Kwargs, Tensor], "Layout | None"]
+
+
+def along_rows(data: Sequence[tuple[Tensor, Layout | None]], args: Args, kwargs: Kwargs, out: Tensor) -> bool:
+    """Whether these are joined along the dimension in which all of them have their samples."""
+    dim = dimension(args, kwargs, 1, 0, out.dim())
+    return all(layout is not None and layout.dim == dim for _, layout in data)
 
 
 def _cat(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout | None:
@@ -107,8 +113,9 @@ def _bilinear(known: Known, args: Args, kwargs: Kwargs, out: Tensor) -> Layout |
     return agree([layout if layout.dim < out.dim() - 1 else None for _, layout in known], out)
 
 
+CATS = ("cat", "concat", "concatenate")
 JOINS: dict[str, Join] = {
-    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+    **dict.fromkeys(CATS, _cat),
     "stack": _stack,
     **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm"), _matmul),
     "einsum": _einsum,

@@ -19,7 +19,7 @@ from assay.capture.room import Room
 from assay.capture.totals import Totals
 from assay.capture.weights import Weights
 from assay.distributed import OneProcess
-from assay.errors import InputError
+from assay.errors import CoverageError, InputError
 from assay.faults import Faults
 from assay.methods.base import MicroBatch, Retakes, Session
 from assay.methods.demands import Demands, Watches
@@ -205,11 +205,14 @@ class Watcher:
         if self._check_due and self.processes.all(capture.batch > 1):
             self._check_due = False
             with capture.unseen(), self.processes.aside():
-                self.processes.together(
-                    lambda: check_capture(
-                        self.model, args, kwargs, self.weights, capture.batch, self.coverage
-                    )
-                )
+                self.processes.together(lambda: self._start_up_check(args, kwargs, capture.batch))
+
+    def _start_up_check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> None:
+        try:
+            check_capture(self.model, args, kwargs, self.weights, batch, self.coverage)
+        except CoverageError as error:
+            error.args = (f"{error}{self.weights.hooked()}",)
+            raise
 
     def _retake(self, capture: Capture) -> None:
         """The first forward pass runs under an autocast that the targets' passes before it knew nothing of."""

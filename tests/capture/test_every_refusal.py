@@ -24,7 +24,7 @@ import assay
 import assay.capture
 from assay.capture import Capture, Weights
 from assay.capture.bottleneck import _project, refuse_uncovered, stream_factors, written_out
-from assay.capture.factors import Dense, Lookup
+from assay.capture.factors import Dense, Directional, Lookup
 from assay.capture.gradients import squared_norms
 from assay.capture.layout import Layout
 from assay.capture.marks import Weight, leaf
@@ -186,6 +186,11 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rows that belong to no sample": (
         lambda: Layout(0, 2).labelled(0, torch.tensor([0, 1, -1])).per_sample_sum(torch.ones(3, 1)), "padding",
+    ),
+    "neither a forward-mode nor a second derivative": (
+        lambda: Directional(
+            torch.cdist, [torch.zeros(ROWS, 3), PARAM.detach()], 1, torch.ones(ROWS, 5), Layout(0, ROWS), of="w"
+        ).dot(torch.ones(1, 5, 3)), "^w: .*_cdist_backward",
     ),
     "draws its dropout inside the kernel": (fused_dropout, "weight_ih_l0.*lstm"),
     "has max_norm=": (

@@ -8,7 +8,7 @@ inner products with known directions, and the dense per-sample gradients for ref
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from assay.capture.contraction import directional, per_sample_products
 from assay.capture.layout import Layout
 from assay.capture.marks import directional_derivative
+from assay.errors import CoverageError
 
 __all__ = [
     "Apart",
@@ -116,17 +117,32 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Directional:
-    """`g_i` of any operation, known only through ⟨g_i, G⟩ = ⟨∂L/∂y_i, ∂y_i/∂W·G⟩ (forward-mode differentiation)."""
+    """`g_i` of any operation, known only through ⟨g_i, G⟩ = ⟨∂L/∂y_i, ∂y_i/∂W·G⟩ (forward-mode differentiation).
+
+    `of` names the parameters and the operation.
+    """
 
     call: Callable[..., Tensor]
     primals: list[Tensor]
     operand: int
     b: Tensor
     layout: Layout
+    of: str = field(default="", kw_only=True)
 
     def dot(self, directions: Tensor) -> Tensor:
-        """`[targets, B]`: ⟨g_i, G_n⟩."""
-        moved = [directional_derivative(self.call, self.primals, {self.operand: G}) for G in directions]
+        """`[targets, B]`: ⟨g_i, G_n⟩.
+
+        Raises:
+            CoverageError: torch has no derivative of this operation that would tell.
+        """
+        try:
+            moved = [directional_derivative(self.call, self.primals, {self.operand: G}) for G in directions]
+        except NotImplementedError as error:
+            raise CoverageError(
+                f"{self.of}: torch has neither a forward-mode nor a second derivative of it ({error}), so that no "
+                "per-sample gradients can be formed; pass exclude=[...] with these names to leave them out of the "
+                "scores (they are then partial), or rewrite the operation."
+            ) from error
         return directional(moved, self.b, self.layout)
 
 

@@ -55,7 +55,8 @@ class Processes(Protocol):
 class Totals:
     """Compares what was kept of the micro-batches of a step with what their backward passes left in `.grad`.
 
-    Made before the first micro-batch: what `.grad` holds then is not theirs.
+    Made before the first micro-batch: what `.grad` holds then is not theirs. It adds to it, unless the loop clears it
+    inside of the step.
 
     Args:
         weights: the watched parameters.
@@ -85,7 +86,8 @@ class Totals:
             return  # a step that overflowed says nothing
         added = after - self.processes.total(before) * self.processes.share
         directions = {p: self.processes.part(_random(p), p)[None] for p in self.weights.params}
-        if _agree(self._seen(directions), added.sum(), squares.sum().sqrt(), self._tolerance()):
+        seen = self._seen(directions)
+        if any(_agree(seen, new.sum(), squares.sum().sqrt(), self._tolerance()) for new in (added, after)):
             return
         zero = {p: torch.zeros_like(direction) for p, direction in directions.items()}
         wrong = [
@@ -100,7 +102,7 @@ class Totals:
                 f"the per-sample gradients of {', '.join(wrong)} do not add up to .grad: a use of it was not seen. Is "
                 "it used inside a custom autograd.Function, through a copy made outside run.step, or in a term of the "
                 f"loss that is no sample's? Use a plain torch operation, or pass exclude={wrong} (scores are then "
-                f"partial).{self.processes.hint}"
+                f"partial).{self.processes.hint}{self.weights.hooked()}"
             )
 
     def _gradients(self) -> tuple[Tensor, Tensor]:

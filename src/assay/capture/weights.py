@@ -88,6 +88,16 @@ class Weights:
         wanted = {self.lookups[p] for p in weight.params if p in self.lookups}
         return not wanted or isinstance(factors, Lookup) in wanted
 
+    def hooked(self) -> str:
+        """What an error says where hooks on parameters may be why their gradients are no sum over the samples."""
+        names = [name for param, name in self.names.items() if self.used(param)._backward_hooks]
+        if not names:
+            return ""
+        return (
+            f" A hook on {', '.join(names)} (register_hook) may change the gradient, to which no samples add up: "
+            "remove it (a mask on the weight in the forward pass freezes rows as well)."
+        )
+
     @property
     def params(self) -> list[Parameter]:
         """The parameters, in order."""

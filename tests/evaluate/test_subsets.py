@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from assay.evaluate.subsets import (
     SubsetTruth,
     draw_subsets,
     evaluate,
+    retrained_losses,
     subset_truth,
     train_on_subsets,
 )
@@ -50,13 +51,15 @@ def losses(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(rows[0]), rows[1], reduction="none")
 
 
-def one_by_one(kept: Tensor, training: SubsetTraining, seed: int) -> list[nn.Module]:
+def one_by_one(
+    kept: Tensor, training: SubsetTraining, seed: int, make: Callable[[], nn.Module] = make_model
+) -> list[nn.Module]:
     """Each model alone, its minibatches without the rows that it leaves out, by torch's own optimizer."""
     x, y = data(N, 1)
     models = []
     for own in kept:
         torch.manual_seed(seed)
-        model = make_model()
+        model = make()
         orders = [torch.randperm(N) for _ in range(training.epochs)]
         optimizer = training.optimizer(model.parameters())
         rate = optimizer.param_groups[0]["lr"]
@@ -87,6 +90,50 @@ def test_retraining_together_is_retraining_one_by_one(training: SubsetTraining) 
     asked = evaluate(make_model(), found, losses, data(Q, 2))
     truth = torch.stack([losses(model, data(Q, 2)).detach() for model in models])
     torch.testing.assert_close(asked, truth, rtol=1e-9, atol=1e-12)
+
+
+class Drawn(nn.Module):
+    """Numbers drawn at random beside the parameters, as a buffer and not, and a batch norm that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.randn(6, 8, dtype=torch.float64))
+        self.shift = torch.randn(8, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(8).double().eval()
+        self.norm.get_buffer("running_mean").normal_()
+        self.norm.get_buffer("running_var").uniform_(0.5, 2)
+        self.last = nn.Linear(8, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.norm(torch.sin(x @ self.matrix + self.shift)))
+        return found
+
+
+def test_models_are_asked_with_the_buffers_of_their_training() -> None:
+    kept = draw_subsets(N, 3)
+    models = one_by_one(kept, SGD, 5, Drawn)
+    truth = torch.stack([losses(model, data(Q, 2)).detach() for model in models])
+    found = retrained_losses(Drawn, losses, data(N, 1), data(Q, 2), SGD, kept=kept, seeds=[5])
+    torch.testing.assert_close(found[0], truth, rtol=1e-9, atol=1e-12)
+
+
+def test_random_numbers_go_on_as_if_nothing_was_drawn(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    for cache in (None, tmp_path):
+        retrained_losses(Drawn, losses, data(N, 1), data(Q, 2), SGD, kept=draw_subsets(N, 2), cache=cache)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm1d(6), nn.BatchNorm1d(6, track_running_stats=False).eval()],
+    ids=["in training", "no running statistics"],
+)
+def test_statistics_of_whole_minibatches_are_refused(norm: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"0 \(BatchNorm1d\) takes its statistics from whole minibatches"):
+        train_on_subsets(
+            lambda: nn.Sequential(norm, make_model()).double(), losses, data(N, 1), draw_subsets(N, 2), SGD
+        )
 
 
 def truth_of(

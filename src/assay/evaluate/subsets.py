@@ -8,7 +8,8 @@ Each model is trained as if it had only its own examples: it averages the loss o
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import Module, Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -35,6 +37,7 @@ __all__ = [
     "evaluate",
     "pick",
     "retrained_losses",
+    "seeded",
     "subset_truth",
     "train_on_subsets",
 ]
@@ -89,6 +92,23 @@ def draw_subsets(examples: int, number: int, fraction: float = 0.5, seed: int = 
     return torch.zeros(number, examples, dtype=torch.bool).scatter_(1, order[:, :size], True)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers from a seed inside; outside they go on as if nothing had been drawn.
+
+    Example:
+        >>> with seeded(3):
+        ...     first = torch.rand(1)
+        >>> with seeded(3):
+        ...     assert torch.equal(torch.rand(1), first)
+    """
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if started else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def train_on_subsets(
     make_model: Callable[[], Module],
     losses: Losses,
@@ -112,7 +132,7 @@ def train_on_subsets(
         `{name: [S, *shape]}`: the trained parameters.
 
     Raises:
-        InputError: `losses` gives no `[B]`, or the sizes do not fit.
+        InputError: `losses` gives no `[B]`, the sizes do not fit, or a batch norm would mix the rows of a minibatch.
         UnsupportedOptimizerError: the optimizer is none of the three.
 
     Example:
@@ -129,10 +149,10 @@ def train_on_subsets(
         raise InputError(
             f"kept has shape {list(kept.shape)}: give [subsets, {examples}], a column per example."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = make_model()
         orders = [torch.randperm(examples) for _ in range(training.epochs)]
+    _check_norms(model)
     optimizer = training.optimizer(model.parameters())
     check_functional(optimizer)
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -154,7 +174,15 @@ def train_on_subsets(
 
 
 def evaluate(model: Module, weights: Weights, losses: Losses, queries: Any) -> Tensor:
-    """`[S, Q]`: each model's loss on each query."""
+    """`[S, Q]`: each model's loss on each query.
+
+    Args:
+        model: made as for the training, with the same seed: what it has beside its parameters (buffers drawn at random,
+            the statistics of a batch norm in evaluation mode) is what the models were trained with.
+        weights: the trained parameters, `{name: [S, *shape]}`.
+        losses: `losses(model, rows)` returns `[Q]`.
+        queries: what is asked.
+    """
     plain: Callable[[Weights], Tensor] = lambda w: losses(_Called(model, w), queries)  # noqa: E731
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         found: Tensor = vmap(plain)(weights)
@@ -236,7 +264,7 @@ def retrained_losses(
     """Retrain on every subset with every seed; what a cache already holds is not done again.
 
     Args:
-        make_model: gives a new model.
+        make_model: gives a new model, the same whenever torch's seed is.
         losses: `losses(model, rows)` returns `[B]`.
         data: the training examples, tensors that share dimension 0.
         queries: the same of the queries.
@@ -253,6 +281,7 @@ def retrained_losses(
         `[seeds, S, Q, …]`, float64.
 
     Raises:
+        InputError: as `train_on_subsets`.
         StoreError: the cache belongs to other data or settings, or cannot be written.
     """
     settings = {} if cache is None else _settings(make_model, data, queries, kept, training, at_once, measure)
@@ -290,7 +319,24 @@ def _retrained(
 ) -> Tensor:
     """`[S, Q, …]`: a block of subsets, trained on and asked."""
     weights = train_on_subsets(make_model, losses, data, kept, training, seed)
-    return evaluate(make_model(), weights, measure or losses, queries).double()
+    return evaluate(_made(make_model, seed), weights, measure or losses, queries).double()
+
+
+def _made(make_model: Callable[[], Module], seed: int) -> Module:
+    """The model that the training with a seed starts from."""
+    with seeded(seed):
+        return make_model()
+
+
+def _check_norms(model: Module) -> None:
+    """Refuse what takes its statistics from a minibatch, of which a model is to see its own rows only."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise InputError(
+                f"{name or 'the model'} ({type(module).__name__}) takes its statistics from whole minibatches, with "
+                "the rows that are left out: call eval() on it in make_model, where it has running statistics, or take "
+                "another norm."
+            )
 
 
 def _name(seed: int, start: int) -> str:
@@ -346,7 +392,7 @@ def _settings(
     for x in tree_leaves((data, queries, kept)):
         if isinstance(x, Tensor):
             crc = zlib.crc32(x.contiguous().cpu().numpy().tobytes(), crc)
-    optimizer = training.optimizer(make_model().parameters())
+    optimizer = training.optimizer(_made(make_model, 0).parameters())
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return {
         "optimizer": f"{type(optimizer).__name__} {groups}",

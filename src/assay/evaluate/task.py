@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from assay.errors import InputError
-from assay.evaluate.subsets import Losses, SubsetTraining, pick, retrained_losses
+from assay.evaluate.subsets import Losses, SubsetTraining, pick, retrained_losses, seeded
 from assay.methods.base import Method
 from assay.run import Run
 from assay.store import Ledger
@@ -206,8 +206,7 @@ class SubsetLoop:
     def train(self, methods: Sequence[Method] = (), snapshots: str | int | None = None) -> Watched:
         """See `Loop.train`; the same weights as `train_on_subsets` gives with everything kept."""
         examples, training = rows_in(self.data), self.training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             model = self.make_model()
             orders = [torch.randperm(examples) for _ in range(training.epochs)]
         steps = [rows for order in orders for rows in torch.split(order, training.batch)]

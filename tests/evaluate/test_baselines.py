@@ -191,6 +191,24 @@ def test_one_interface_for_all(task: Task, method: Scorer) -> None:
         assert found.seconds > 0
 
 
+def test_settings_other_than_usual_stand_in_the_name() -> None:
+    usual = [
+        Influence(),
+        Influence("ekfac"),
+        Embeddings(),
+        Embeddings("ggn"),
+        KNNShapley(),
+        KNNShapley(features=True),
+    ]
+    assert [method.name for method in usual] == [
+        "LoGra", "EKFAC", "embeddings, fisher", "embeddings, ggn", "KNN-Shapley", "KNN-Shapley, features",
+    ]  # fmt: skip
+    assert Influence(rank=32, damping=1.0, normalize="relatif").name == "LoGra, relatif, rank 32, damping 1"
+    assert Influence("ekfac", 8, 1e-3).name == "EKFAC, damping 0.001"  # which has no rank
+    assert Embeddings("ggn", 8, "all").name == "embeddings, ggn, rank 8, blocks all"
+    assert KNNShapley(7).name == "KNN-Shapley, 7 neighbours"
+
+
 def test_adjoint_is_leaving_out(task: Task) -> None:
     """All steps of an example at once: first order, so in ranks."""
     from assay.evaluate import leave_out, occurrences, rank_correlation

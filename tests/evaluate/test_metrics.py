@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -93,6 +95,14 @@ def test_scores_without_a_ranking_are_chance() -> None:
     assert recommended([row]) is None
     with pytest.raises(InputError, match="4 subsets say nothing"):
         compare([], SubsetTruth(found.kept[:4], found.losses[:4]))
+
+
+def test_methods_of_one_name_are_refused() -> None:
+    worth, found = truth(noise=0.0)
+    scores = [Scores("one", worth, 1.0), Scores("two", worth, 1.0), Scores("one", -worth, 1.0)]
+    with pytest.raises(InputError, match=r"several scores are named 'one': .* dataclasses.replace"):
+        compare(scores, found)
+    assert len(compare([*scores[:2], replace(scores[2], name="three")], found)) == 3
 
 
 def test_what_is_much_cheaper_and_not_worse_is_recommended() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def compare(
         seed: of the resampling.
 
     Raises:
-        InputError: fewer than 5 subsets, of which nothing can be said.
+        InputError: fewer than 5 subsets, of which nothing can be said, or two methods of one name.
 
     Example:
         >>> import torch
@@ -73,6 +74,12 @@ def compare(
     number = len(truth.kept)
     if number < 5:
         raise InputError(f"{number} subsets say nothing: retrain on at least 5.")
+    twice = [name for name, times in Counter(method.name for method in scores).items() if times > 1]
+    if twice:
+        raise InputError(
+            f"several scores are named {', '.join(map(repr, twice))}: give each a name of its own, "
+            "dataclasses.replace(scores, name=...)."
+        )
     generator = np.random.default_rng(seed)
     draws = generator.integers(0, number, (resamples, number))
     tails = [(1 - level) / 2, (1 + level) / 2]

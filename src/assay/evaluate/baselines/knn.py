@@ -69,8 +69,9 @@ class KNNShapley:
 
     @property
     def name(self) -> str:
-        """With what it looks at."""
-        return "KNN-Shapley, features" if self.features else "KNN-Shapley"
+        """With what it looks at, and K where it is not 5."""
+        words = ["KNN-Shapley", *(["features"] if self.features else [])]
+        return ", ".join([*words, *([] if self.neighbours == 5 else [f"{self.neighbours} neighbours"])])
 
     def unavailable(self, task: Task) -> str | None:
         """It needs classes."""

@@ -18,6 +18,8 @@ from assay.targets import Target
 
 __all__ = ["Adjoint", "Embeddings", "InRun", "Influence", "SelfInfluence"]
 
+RANK, DAMPING = 16, 0.1  # by default; others stand in a method's name
+
 
 def by_example(ledger: Ledger, values: Tensor, examples: int) -> Tensor:
     """`[questions, examples]`: values of all steps, `[questions, rows]`, summed by example."""
@@ -69,13 +71,15 @@ class Embeddings:
     """
 
     curvature: Literal["fisher", "ggn"] = "fisher"
-    rank: int = 16
+    rank: int = RANK
     blocks: Literal["layer", "all"] = "layer"
 
     @property
     def name(self) -> str:
-        """With its settings."""
-        return f"embeddings, {self.curvature}"
+        """With its settings; a rank and blocks other than by default are named."""
+        words = [f"embeddings, {self.curvature}"]
+        words += [] if self.rank == RANK else [f"rank {self.rank}"]
+        return ", ".join([*words, *([] if self.blocks == "layer" else [f"blocks {self.blocks}"])])
 
     def scores(self, task: Task) -> Tensor:
         """`[questions, N]`, in the loss's unit."""
@@ -103,15 +107,17 @@ class Influence:
     """
 
     kind: Literal["logra", "logra-pca", "kfac", "ekfac"] = "logra"
-    rank: int = 16
-    damping: float = 0.1
+    rank: int = RANK
+    damping: float = DAMPING
     normalize: Literal["relatif", "unit"] | None = None
 
     @property
     def name(self) -> str:
-        """As the papers call it."""
+        """As the papers call it; a rank and a damping other than by default are named."""
         kind = {"logra": "LoGra", "logra-pca": "LoGra, PCA", "kfac": "KFAC", "ekfac": "EKFAC"}[self.kind]
-        return kind + (f", {self.normalize}" if self.normalize else "")
+        words = [kind, *([self.normalize] if self.normalize else [])]
+        words += [] if self.rank == RANK or self.kind in ("kfac", "ekfac") else [f"rank {self.rank}"]
+        return ", ".join([*words, *([] if self.damping == DAMPING else [f"damping {self.damping:g}"])])
 
     def scores(self, task: Task) -> Tensor:
         """`[questions, N]`; over N, in the loss's unit."""
@@ -138,8 +144,8 @@ class SelfInfluence:
     section 5.4.
     """
 
-    rank: int = 16
-    damping: float = 0.1
+    rank: int = RANK
+    damping: float = DAMPING
     name: str = "low self-influence"
 
     def scores(self, task: Task) -> Tensor:

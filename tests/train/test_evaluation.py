@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from assay.cli import main
-from assay.errors import InputError
+from assay.errors import InputError, StoreError
 from assay.evaluate.compare import Compared
 from assay.train import Config, train
 from assay.train.evaluation import Evaluation, advice, document_losses, evaluate, quick_form, task_of
@@ -77,6 +77,26 @@ def test_evaluating_says_who_is_better_than_chance(texts: Path, tmp_path: Path) 
     again = evaluate(config(texts, tmp_path / "run"), subsets=6, quick=True, cache=tmp_path / "cache")
     assert {r.name: r.lds for r in again.rows} == pytest.approx({r.name: r.lds for r in found.rows}, abs=1e-6)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_is_of_one_measure_and_one_model(texts: Path, tmp_path: Path) -> None:
+    task, setup = task_of(config(texts, tmp_path / "run", epochs=1))
+    everything = torch.ones(1, task.examples, dtype=torch.bool)
+    known = task.loop.retrain(everything, task.queries, document_losses, cache=tmp_path / "cache")
+    with pytest.raises(StoreError, match=r"other data or settings \(measure\)"):
+        task.loop.retrain(
+            everything,
+            task.queries,
+            lambda model, rows: 2 * document_losses(model, rows),
+            cache=tmp_path / "cache",
+        )
+    assert torch.equal(
+        task.loop.retrain(everything, task.queries, document_losses, cache=tmp_path / "cache"), known
+    )
+    with torch.no_grad():
+        next(setup.model.parameters()).mul_(2)
+    with pytest.raises(StoreError, match=r"other data or settings \(model\)"):
+        task.loop.retrain(everything, task.queries, document_losses, cache=tmp_path / "cache")
 
 
 def evaluation(*rows: Compared) -> Evaluation:

@@ -34,14 +34,28 @@ class Cache:
 
     def __init__(self, place: str | Path | None, settings: Mapping[str, Any]) -> None:
         self._folder = None if place is None else Folder(place)
+        self.agree("settings", settings)
+
+    def agree(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Keep settings under a name, or compare them with those that are kept.
+
+        Raises:
+            StoreError: they are others, or cannot be written.
+        """
         if self._folder is None:
             return
-        found = self._folder.read_json("settings.json")
+        found = self._folder.read_json(f"{name}.json")
         if found is None:
-            self._folder.write_json("settings.json", dict(settings))
+            self._folder.write_json(f"{name}.json", dict(settings))
         elif found != settings:
+            other = [
+                key
+                for key in dict.fromkeys([*settings, *found])
+                if key not in found or key not in settings or found[key] != settings[key]
+            ]
             raise StoreError(
-                f"{self._folder.place} caches retrainings of other data or settings: name another cache="
+                f"{self._folder.place} caches retrainings of other data or settings ({', '.join(other)}): name another "
+                "cache="
             )
 
     def read(self, name: str) -> Tensor | None:

@@ -7,7 +7,6 @@ Each model is trained as if it had only its own examples: it averages the loss o
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from assay.errors import InputError
 from assay.evaluate.cache import Cache
+from assay.evaluate.fingerprint import called, fingerprint
 from assay.evaluate.functional import State, check_functional, step
 from assay.evaluate.intervals import Score, mean_with_interval
 from assay.evaluate.lds import linear_datamodeling_score
@@ -272,7 +272,9 @@ def retrained_losses(
         kept: `[S, N]` bool.
         seeds: of the retrainings.
         measure: `measure(model, rows)` returns `[B, …]`, what is asked of the retrained models; the losses if left out.
-        cache: a folder that keeps each block of models; a killed call goes on there. None keeps nothing.
+        cache: a folder that keeps each block of models; a killed call goes on there. None keeps nothing. It holds to
+            one setting: to data, optimizer, subsets, the model as each seed makes it, and to what is called as far as
+            `assay.evaluate.fingerprint.fingerprint` sees it.
         at_once: models that are trained together.
         progress: called with the number of models done and of all.
         workers: who retrain, a block at a time; this process alone if left out.
@@ -284,8 +286,12 @@ def retrained_losses(
         InputError: as `train_on_subsets`.
         StoreError: the cache belongs to other data or settings, or cannot be written.
     """
-    settings = {} if cache is None else _settings(make_model, data, queries, kept, training, at_once, measure)
-    known = Cache(cache, settings)
+    known = Cache(None, {})
+    if cache is not None:
+        setting = make_model, losses, data, queries, kept, training, at_once, measure or losses
+        known = Cache(cache, _settings(*setting))
+        for seed in seeds:
+            known.agree(f"seed-{seed}", {"model": fingerprint(_made(make_model, seed))})
     blocks = [(seed, start) for seed in seeds for start in range(0, len(kept), at_once)]
     done = {block: known.read(_name(*block)) for block in blocks}
     tasks = (
@@ -381,24 +387,32 @@ def _length(data: Any) -> int:
 
 def _settings(
     make_model: Callable[[], Module],
+    losses: Losses,
     data: Any,
     queries: Any,
     kept: Tensor,
     training: SubsetTraining,
     at_once: int,
-    measure: Losses | None,
+    measure: Losses,
 ) -> dict[str, Any]:
-    crc = 0
-    for x in tree_leaves((data, queries, kept)):
-        if isinstance(x, Tensor):
-            crc = zlib.crc32(x.contiguous().cpu().numpy().tobytes(), crc)
-    optimizer = training.optimizer(_made(make_model, 0).parameters())
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """What the retrainings depend on beside the seed."""
+    model = _made(make_model, 0)
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer = training.optimizer(model.parameters())
+    groups = [
+        {**group, "params": fingerprint([names.get(p) for p in group["params"]])}
+        for group in optimizer.param_groups
+    ]
     return {
-        "optimizer": f"{type(optimizer).__name__} {groups}",
+        "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__} {groups}",
         "epochs": training.epochs,
         "batch": training.batch,
         "decay": training.decay,
         "at_once": at_once,
-        "crc": f"{crc:08x}",
-    } | ({} if measure is None else {"measure": getattr(measure, "__qualname__", type(measure).__name__)})
+        "data": fingerprint(data),
+        "queries": fingerprint(queries),
+        "kept": fingerprint(kept),
+        "make_model": called(make_model),
+        "losses": called(losses),
+        "measure": called(measure),
+    }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from assay.evaluate.baselines import (
 )
 from assay.evaluate.cache import Cache
 from assay.evaluate.compare import Compared, compare, recommended
+from assay.evaluate.fingerprint import called, fingerprint
 from assay.evaluate.subsets import Losses, SubsetTruth, draw_subsets
 from assay.evaluate.task import Checkpoint, Task, Watched, checkpoint
 from assay.methods.base import Method
@@ -177,7 +177,7 @@ class LanguageLoop:
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """See `assay.evaluate.task.Loop`; a seed is that of the order, the first weights are always the same."""
-        known = Cache(cache, self._settings(kept, queries))
+        known = Cache(cache, {} if cache is None else self._settings(kept, queries, measure))
         names = {(seed, s): f"seed-{seed}-{s:06d}" for seed in seeds for s in range(len(kept))}
         done = {place: known.read(name) for place, name in names.items()}
         tasks = (
@@ -194,12 +194,15 @@ class LanguageLoop:
                 progress(number, len(done))
         return torch.stack([torch.stack(part) for part in parts.values()])
 
-    def _settings(self, kept: Tensor, queries: Any) -> dict[str, Any]:
-        crc = 0
-        for x in (kept, *queries, *(torch.tensor(row.tokens) for row in self.setup.rows)):
-            crc = zlib.crc32(x.contiguous().cpu().numpy().tobytes(), crc)
-        config = self.setup.config.model_dump(mode="json", exclude={"out", "data", "attribution"})
-        return {"config": config, "crc": f"{crc:08x}"}
+    def _settings(self, kept: Tensor, queries: Any, measure: Losses) -> dict[str, Any]:
+        return {
+            "config": self.setup.config.model_dump(mode="json", exclude={"out", "data", "attribution"}),
+            "data": fingerprint([torch.tensor(row.tokens) for row in self.setup.rows]),
+            "queries": fingerprint(queries),
+            "kept": fingerprint(kept),
+            "model": fingerprint(self.setup.model.state_dict()),
+            "measure": called(measure),
+        }
 
 
 def _only(ids: list[Any], batch: Batch, kept: Tensor) -> Group:

@@ -8,6 +8,7 @@ alone; and summed over the samples it must be ⟨.grad, G_p⟩, which no unseen 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from assay.capture.coverage import Coverage
 from assay.capture.fallback import FORWARD_MODE, SAMPLE_LOOP, Boundary
 from assay.capture.mode import Capture
+from assay.capture.precision import FullPrecision, Roundings
 from assay.capture.weights import Weights, constants_of
 from assay.errors import CoverageError
-from assay.targets import undisturbed
+from assay.targets import eagerly, undisturbed
 
 __all__ = ["check_capture"]
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
+TOLERANCE = {torch.float64: 1e-6}  # 5e-3 of all others
+ROUNDINGS = 4  # of what half precision is expected to round, where a pass runs in it
 FLOOR = 1e-2  # of the largest gradient of a parameter: what counts as a gradient at all
 SAMPLES = 2  # single samples compared: the first and the last
 
@@ -53,7 +56,13 @@ def check_capture(
         CoverageError: names the parameters whose scores are not what autograd says, by any means.
     """
     comparison = _Comparison(model, args, kwargs, batch)
-    wrong = comparison.wrong(weights, {}, "")
+    try:
+        wrong = comparison.wrong(weights, {}, "")
+    except Exception as error:
+        if isinstance(error, CoverageError) or not comparison.full.met:
+            raise
+        comparison.as_it_is()  # the model needs its autocast: a cast of its own, a kernel for half precision only
+        wrong = comparison.wrong(weights, {}, "")
     if not wrong:
         return
     reasons = []
@@ -96,16 +105,22 @@ class _Comparison:
     def __init__(self, model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> None:
         self.model, self.batch = model, batch
         self.device = next(model.parameters()).device.type
-        self.args, self.kwargs = args, kwargs
+        self.args, self.kwargs = self._given = args, kwargs
         self.mixes = False  # whether a sample alone gives other outputs than in its batch
-        if torch.is_autocast_enabled(
-            self.device
-        ):  # compared in full precision, where a difference means something
+        self.full = FullPrecision(self.device)  # where a difference means something
+        self.precise = True
+        if torch.is_autocast_enabled(self.device):
+            self.full.met = True
             dtype = next(model.parameters()).dtype
             self.args, self.kwargs = tree_map(
                 lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
                 (args, dict(kwargs)),
             )
+
+    def as_it_is(self) -> None:
+        """Compare in the precision of the pass itself."""
+        self.args, self.kwargs = self._given
+        self.precise = False
 
     def wrong(
         self, weights: Weights, uncovered: Mapping[Parameter, str], fallback: str
@@ -116,9 +131,11 @@ class _Comparison:
         directions = {p: _random(p, generator)[None] for p in weights.params}
         leaves = [weights.used(p) for p in weights.params]
         refused: dict[Parameter, str] = {}
-        full = torch.autocast(self.device, enabled=False)
-        with undisturbed(self.model), torch.enable_grad(), full:
+        roundings = Roundings()
+        around = torch.autocast(self.device, enabled=False) if self.precise else nullcontext()
+        with undisturbed(self.model), torch.enable_grad(), eagerly(), around:
             capture = Capture(alike, self.batch, directions, refused=refused)
+            capture.takes.append(lambda weight, factors, _: roundings.add(weight.params, factors))
             with Boundary(self.model, alike, capture) as boundary, capture:
                 outputs = self._forward(slice(None))
             rows = sorted({0, self.batch - 1})[:SAMPLES] if self.batch > 1 else []
@@ -127,24 +144,35 @@ class _Comparison:
             if not same:
                 return refused  # the model returns nothing per sample (a bare loss): there is nothing to compare with
             pairs = [(outputs[k][i], one[k][0]) for i, one in zip(rows, alone, strict=True) for k in same]
-            self.mixes = not all(_close(x, y) for x, y in pairs)
             outputs = [outputs[k] for k in same]
             seeds = [_random(x, generator) for x in outputs]
             with capture:
                 found = _gradients(outputs, seeds, [*leaves, capture.probe])
             capture.probe.grad = found[-1]
-            with torch.no_grad():
+            with torch.no_grad(), self._precisely():
                 scores = boundary.finish()
             assert scores is not None
             seen = scores[:, 0]  # [groups, B]
+            if uncovered:
+                roundings.add(tuple(uncovered), None)
+            rounded = (
+                dict.fromkeys(weights.params, roundings.coarsest()) | roundings.found()
+            )  # also on the way to a use
+            self.mixes = not all(_close(x, y, roundings.coarsest() > 0) for x, y in pairs)
             reason = "its per-sample gradients do not add up to .grad (a use of it was not seen)"
-            wrong = dict.fromkeys(_wrong(alike, seen.sum(1), found[:-1], directions), reason)
+            wrong = dict.fromkeys(_wrong(alike, seen, found[:-1], directions, rounded), reason)
             for i in rows:
                 again = self._forward(slice(None))
                 truth = _gradients([again[k][i] for k in same], [seed[i] for seed in seeds], leaves)
                 reason = f"what sample {i} gives is not what its own use of it gives (do the samples mix?)"
-                wrong = {**dict.fromkeys(_wrong(alike, seen[:, i], truth, directions), reason), **wrong}
+                wrong = {
+                    **dict.fromkeys(_wrong(alike, seen[:, i, None], truth, directions, rounded), reason),
+                    **wrong,
+                }
         return {**wrong, **refused}
+
+    def _precisely(self) -> AbstractContextManager[Any]:
+        return self.full if self.precise else nullcontext()
 
     def _forward(self, rows: slice) -> list[Tensor]:
         def cut(x: Any) -> Any:
@@ -152,7 +180,8 @@ class _Comparison:
 
         self.model.train().eval()  # a module may have kept tensors of the pass before, with their history
         torch.manual_seed(0)  # the same masks every time; `undisturbed` puts the training run's state back
-        out = self.model(*tree_map(cut, self.args), **tree_map(cut, dict(self.kwargs)))
+        with self._precisely():
+            out = self.model(*tree_map(cut, self.args), **tree_map(cut, dict(self.kwargs)))
         size = len(range(*rows.indices(self.batch)))
         leaves = [x for x in tree_leaves(_plain(out)) if isinstance(x, Tensor) and x.is_floating_point()]
         return [x for x in leaves if x.requires_grad and x.dim() and len(x) == size]
@@ -163,8 +192,8 @@ def _fits(x: Tensor, k: int, alone: list[Tensor], count: int) -> bool:
     return len(alone) == count and alone[k].shape[1:] == x.shape[1:]
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
-    limit = max(TOLERANCE.get(x.dtype, 0.1), 1e-4)
+def _close(x: Tensor, y: Tensor, half: bool) -> bool:
+    limit = 0.1 if half or x.dtype.itemsize < 4 else max(TOLERANCE.get(x.dtype, 5e-3), 1e-4)
     return not bool((x - y).norm() > limit * (x.norm() + y.norm()))  # an overflow says nothing
 
 
@@ -186,9 +215,22 @@ def _gradients(outputs: list[Tensor], seeds: list[Tensor], leaves: list[Any]) ->
 
 
 def _wrong(
-    weights: Weights, seen: Tensor, gradients: list[Tensor], directions: Mapping[Parameter, Tensor]
+    weights: Weights,
+    parts: Tensor,
+    gradients: list[Tensor],
+    directions: Mapping[Parameter, Tensor],
+    rounded: Mapping[Parameter, float],
 ) -> list[Parameter]:
-    """Parameters whose group's inner product `seen [groups]` differs from autograd's by more than rounding."""
+    """Parameters whose group's inner products `[groups, any]` do not add up to autograd's, by more than rounding.
+
+    Args:
+        weights: the parameters and their groups.
+        parts: inner products of the samples.
+        gradients: what autograd says.
+        directions: G.
+        rounded: what half precision has to do with it (`Roundings`).
+    """
+    seen, squares = parts.sum(1), parts.square().sum(1)
     truth, size = torch.zeros_like(seen), torch.zeros_like(seen)
     for param, gradient in zip(weights.params, gradients, strict=True):
         wide = gradient.to(seen.dtype)
@@ -199,12 +241,17 @@ def _wrong(
     floor = (
         FLOOR * size.nan_to_num(0, 0, 0).max()
     )  # a gradient that is nothing but rounding agrees with no other
-    tolerance = {weights.groups[p]: TOLERANCE.get(p.dtype, 0.1) for p in weights.params}
+    size = size + floor
+    tolerance = {weights.groups[p]: TOLERANCE.get(p.dtype, 5e-3) for p in weights.params}
+    variance = {weights.groups[p]: rounded[p] for p in weights.params}
     bad = [
         group
         for group, limit in tolerance.items()
         if torch.isfinite(truth[group])  # an overflow says nothing
-        and not (seen[group] - truth[group]).abs() <= limit * (size[group] + floor) + 1e-30
+        and not (seen[group] - truth[group]).abs()
+        <= limit * size[group]
+        + ROUNDINGS * (variance[group] * (size[group].square() + squares[group])).sqrt()
+        + 1e-30
     ]
     return [param for param in weights.params if weights.groups[param] in bad]
 

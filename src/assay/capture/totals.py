@@ -7,6 +7,7 @@ several processes train together, the samples of all of them must add up to the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -15,12 +16,17 @@ from torch.nn import Parameter
 
 from assay.capture.factors import Factors
 from assay.capture.marks import Directions, Weight
+from assay.capture.precision import Roundings
 from assay.capture.weights import Weights
 from assay.errors import CoverageError
 
 __all__ = ["Processes", "Totals"]
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}  # of ‖.grad‖·rms(G); half precision: 0.1
+TOLERANCE = {torch.float64: 1e-6}  # of ‖.grad‖·rms(G); 5e-3 of all others
+ROUNDINGS, ALONE = (
+    1.5,
+    4,
+)  # of what half precision rounds: of all parameters, and of one, where less evens out
 
 Kept = list[tuple[Weight, Factors]]
 
@@ -86,16 +92,14 @@ class Totals:
             return  # a step that overflowed says nothing
         added = after - self.processes.total(before) * self.processes.share
         directions = {p: self.processes.part(_random(p), p)[None] for p in self.weights.params}
-        seen = self._seen(directions)
-        if any(_agree(seen, new.sum(), squares.sum().sqrt(), self._tolerance()) for new in (added, after)):
+        rounded = self._rounded()
+        if any(self._agree(directions, new, squares, rounded) for new in (added, after)):
             return
         zero = {p: torch.zeros_like(direction) for p, direction in directions.items()}
         wrong = [
             name
             for k, (p, name) in enumerate(self.weights.names.items())
-            if not _agree(
-                self._seen({**zero, p: directions[p]}), added[k], squares[k].sqrt(), self._tolerance([p])
-            )
+            if not self._agree({**zero, p: directions[p]}, added, squares, rounded, [k])
         ]
         if wrong:
             raise CoverageError(
@@ -116,20 +120,39 @@ class Totals:
         products, squares = self.processes.whole(torch.stack(found, 1))
         return products, squares
 
-    def _seen(self, directions: Mapping[Parameter, Tensor]) -> Tensor:
-        """Σ_i ⟨g_i, G⟩ over the samples of all processes, as it is in the reduced gradient."""
-        own = [self.processes.contract(kept, directions, like).sum().double() for kept, like in self._kept]
-        return self.processes.total(torch.stack(own).sum()) * self.processes.share
+    def _agree(
+        self,
+        directions: Mapping[Parameter, Tensor],
+        added: Tensor,
+        squares: Tensor,
+        rounded: Tensor,
+        which: Sequence[int] | None = None,
+    ) -> bool:
+        """Whether the samples add up along directions that are zero for all parameters but `which`, by number."""
+        some = slice(None) if which is None else which
+        seen, parts = self._seen(directions)
+        bounds = [TOLERANCE.get(self.weights.used(p).dtype, 5e-3) ** 2 for p in self.weights.params]
+        limit = (squares[some] * torch.tensor(bounds).to(squares)[some]).sum()
+        half = (squares[some] * rounded[some]).sum() + parts * rounded[some].max()
+        limit += (ROUNDINGS if which is None else ALONE) ** 2 * half
+        return bool((seen - added[some].sum()).abs() <= limit.sqrt() + 1e-30)
 
-    def _tolerance(self, params: Sequence[Parameter] | None = None) -> float:
-        some = self.weights.params if params is None else params
-        return max(
-            (TOLERANCE.get(self.weights.used(p).dtype, 0.1) for p in some if p.grad is not None), default=0.1
-        )
+    def _seen(self, directions: Mapping[Parameter, Tensor]) -> tuple[Tensor, Tensor]:
+        """Σ_i ⟨g_i, G⟩ over the samples of all processes, as it is in the reduced gradient, and Σ_i ⟨g_i, G⟩²."""
+        own = [self.processes.contract(kept, directions, like).double() for kept, like in self._kept]
+        found = torch.stack([torch.stack([x.sum(), x.square().sum()]) for x in own]).sum(0)
+        total, parts = self.processes.total(found).unbind()
+        return total * self.processes.share, parts * self.processes.share**2
 
-
-def _agree(seen: Tensor, added: Tensor, size: Tensor, tolerance: float) -> bool:
-    return bool((seen - added).abs() <= tolerance * size + 1e-30)
+    def _rounded(self) -> Tensor:
+        """`[parameters]`: ε² n of each (`Roundings`), the mean over the processes."""
+        roundings = Roundings()
+        for weight, factors in chain.from_iterable(kept for kept, _ in self._kept):
+            roundings.add(weight.params, factors)
+        found = roundings.found()
+        own = torch.tensor([*(found.get(p, 0.0) for p in self.weights.params), 1.0], dtype=torch.float64)
+        total = self.processes.total(own.to(self._kept[0][1].device))
+        return total[:-1] / total[-1]
 
 
 def _random(param: Parameter) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "Lookup",
     "Outer",
     "apart_from",
+    "own_memory",
 ]
 
 
@@ -248,20 +249,25 @@ def apart_from(factors: Factors, storages: Container[int]) -> Factors:
     """The same factors, with copies of those tensors whose memory is among `storages`.
 
     Autograd may hand a parameter a piece of an output's gradient as its `.grad`; what is kept must not change when
-    that is clipped or added to.
+    that is clipped or added to, nor when a loop writes the next micro-batch where this one was.
     """
 
     def copied(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in storages:
-            return value.clone()
-        return (
-            apart_from(cast("Factors", value), storages)
-            if is_dataclass(value) and hasattr(value, "dot")
-            else value
-        )
+        if isinstance(value, Tensor):
+            return own_memory(value, storages)
+        if isinstance(value, list):
+            parts = [copied(part) for part in value]
+            return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
+        factored = is_dataclass(value) and hasattr(value, "dot")
+        return apart_from(cast("Factors", value), storages) if factored else value
 
     held = {f.name: getattr(factors, f.name) for f in fields(factors)}  # type: ignore[arg-type]
     copies = {name: copied(value) for name, value in held.items()}
     if all(copies[name] is held[name] for name in held):
         return factors
     return replace(factors, **copies)  # type: ignore[type-var]
+
+
+def own_memory(x: Tensor, storages: Container[int]) -> Tensor:
+    """A copy where the tensor's memory is among `storages`, the tensor itself where it is not."""
+    return x.detach().clone() if x.untyped_storage().data_ptr() in storages else x

@@ -85,7 +85,9 @@ class Boundary:
             if not self._idle():
                 self._refuse_mixing()
                 with self.capture.unseen():
-                    record = recorded(model, self.weights.params[0].device, args, kwargs)
+                    record = recorded(
+                        model, self.weights.params[0].device, args, kwargs, self.weights.outside.is_constant
+                    )
         self._open.append(record)
 
     def _after(self, model: Module, args: Any, kwargs: Any, out: Any) -> Any:

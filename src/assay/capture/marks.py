@@ -56,6 +56,7 @@ class Weight:
             where only inner products are to be had.
         derived: whether it is not the parameter itself.
         rows: where it is a parameter's rows `param[rows]` looked up in an embedding: which.
+        operands: what a derived weight was computed from, which `push` and `pull` read.
     """
 
     params: tuple[Parameter, ...]
@@ -64,6 +65,7 @@ class Weight:
     operations: set[str] = field(default_factory=set)
     derived: bool = True
     rows: Tensor | None = None
+    operands: list[Tensor] = field(default_factory=list)
 
 
 Mark = Data | Constant | Weight
@@ -128,7 +130,7 @@ def derive(
                 found[param] = found[param] + g if param in found else g
         return found
 
-    return Weight(params, moved if linear else push, pull)
+    return Weight(params, moved if linear else push, pull, operands=primals)
 
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")

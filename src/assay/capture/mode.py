@@ -227,6 +227,7 @@ class Capture(Recorder, TorchFunctionMode):
         linear = name_of(func) in LINEAR and len(weights) == 1 and not in_place and parts is None
         mark = derive(again, tensors, weights, linear and kwargs.get("max_norm") is None)
         mark.rows = rows_looked_up(func, args, kwargs, weights)
+        self.derived.append(mark)
         return mark
 
     # --- what is known of a tensor ---
@@ -241,6 +242,7 @@ class Capture(Recorder, TorchFunctionMode):
             return weight if tensor.requires_grad else CONSTANT  # frozen since the run began
         if isinstance(tensor, Parameter) or id(tensor) in self.weights.constants:
             return CONSTANT
+        self.came_from_outside(tensor)
         if self.batch == 1:
             return Data(Layout(0, 1, inner=tensor.shape[0])) if tensor.dim() else CONSTANT
         if self.weights.outside.carries(tensor, self.batch):
@@ -254,6 +256,8 @@ class Capture(Recorder, TorchFunctionMode):
         known = self._known(tensor)
         positions = positions_in(tensor) if self.by_token else 0
         fresh = known is None or known is CONSTANT
+        if fresh:
+            self.came_from_outside(tensor)
         if fresh and self.batch > 1 and not self.weights.outside.carries(tensor, self.batch):
             if self.weights.outside.is_constant(tensor):
                 self._set(tensor, CONSTANT)  # holds of copies as well

@@ -98,7 +98,7 @@ def owned(factors: Factors, shape: tuple[int, int]) -> Factors | None:
     if isinstance(factors, Lookup):
         b, layout = factors.b, factors.layout
         if layout.batch * shape[0] * shape[1] > 4 * b.numel():
-            return replace(factors, b=b.clone())
+            return replace(factors, indices=factors.indices.clone(), b=b.clone())
         wide = b.to(torch.promote_types(b.dtype, torch.float32))
         return Dense(scattered(factors.indices, wide, layout, shape[0]))
     if isinstance(factors, Outer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Pass:
     """One forward pass of the model: what is needed to take it again, and what came back for its outputs.
 
     Args:
-        args: positional arguments of the forward pass, detached.
+        args: positional arguments of the forward pass, detached, in memory of their own but for constants.
         kwargs: keyword arguments likewise.
         random: state of the random numbers before it.
         cuda_random: the same of the model's GPU, if it is on one.
@@ -64,12 +65,14 @@ class Pass:
         return not bool(torch.stack(apart).any()) if apart else True
 
 
-def recorded(model: Module, device: torch.device, args: Any, kwargs: Any) -> Pass:
-    """A pass that is about to begin."""
+def recorded(
+    model: Module, device: torch.device, args: Any, kwargs: Any, constant: Callable[[Tensor], bool]
+) -> Pass:
+    """A pass that is about to begin; `constant` says which of its arguments carry no samples."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     autocast = device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    args, kwargs = tree_map(_without_history, (args, dict(kwargs)))
+    args, kwargs = tree_map(partial(_own, constant=constant), (args, dict(kwargs)))
     modes = [module.training for module in model.modules()]
     return Pass(args, kwargs, torch.get_rng_state(), cuda, autocast, buffers, modes)
 
@@ -95,9 +98,11 @@ def surroundings(model: Module, record: Pass, device: torch.device) -> Iterator[
                 module.training = mode
 
 
-def _without_history(x: Any) -> Any:
-    """Detached; the very tensor where there is nothing to detach, for what is known of it goes by identity."""
-    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
+def _own(x: Any, constant: Callable[[Tensor], bool]) -> Any:
+    """Detached, in memory of its own; a constant itself, for what is known of it goes by identity."""
+    if not isinstance(x, Tensor) or (constant(x) and not x.requires_grad):
+        return x
+    return x.detach().clone()
 
 
 def differentiable(leaves: Sequence[Any]) -> list[int]:

@@ -57,7 +57,9 @@ class Recompute:
             self._open.append(None)
             return
         with capture.unseen():
-            self._open.append((recorded(model, self._device, args, kwargs), capture.uses))
+            self._open.append(
+                (recorded(model, self._device, args, kwargs, self.weights.outside.is_constant), capture.uses)
+            )
 
     def _after(self, model: Module, args: Any, kwargs: Any, out: Any) -> Any:
         opened, capture = self._open.pop() if self._open else None, self._capture

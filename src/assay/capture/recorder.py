@@ -6,12 +6,13 @@ The nodes of `probe` call it in the backward pass, with what a use leaves (`fact
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from assay.capture.factors import Factors, apart_from
+from assay.capture.factors import Factors, apart_from, own_memory
 from assay.capture.held import Held, number_of
 from assay.capture.marks import Directions, Weight
 from assay.capture.products import products, through_pairs
@@ -45,6 +46,7 @@ class Recorder:
         takes: called with each weight, its factored gradients when the backward pass meets a use, and whose they are:
             long ones come a few samples at a time.
         looking: takes their place, and that of all else, in a backward pass of somebody's own (`look`).
+        derived: the weights that were computed in this micro-batch.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Recorder:
         self.kept: list[tuple[Weight, Factors]] = []
         self.takes: list[Callable[[Weight, Factors, slice], None]] = []
         self.looking: Callable[[Weight, Factors], None] | None = None
+        self.derived: list[Weight] = []
+        self._outside: set[int] = set()
         self._pushed: dict[Weight, dict[int, Tensor]] = {}
         some = next(iter(weights.params))
         targets = number_of(directions) if directions else 1
@@ -133,14 +137,31 @@ class Recorder:
         finally:
             self.looking = None
 
+    def came_from_outside(self, tensor: Tensor) -> None:
+        """A tensor of the user's: its memory may be written to as soon as the micro-batch is over."""
+        if (
+            tensor.grad_fn is None
+        ):  # with a history it was computed by somebody, and an activation is not copied
+            with suppress(NotImplementedError):  # a sparse tensor has no memory of its own
+                self._outside.add(tensor.untyped_storage().data_ptr())
+            self._outside.discard(0)  # that of all empty tensors
+
+    def owned(self, factors: Factors) -> Factors:
+        """The same in memory that does not belong to the user."""
+        return apart_from(factors, self._outside)
+
     def own_kept(self, gradients: Iterable[Tensor]) -> None:
-        """After the backward pass: nothing that is kept shares memory with these, the parameters' gradients."""
-        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        """After the backward pass: what is kept shares no memory with the parameters' gradients, nor the user's."""
+        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients} | self._outside
         self.kept = [(weight, apart_from(factors, storages)) for weight, factors in self.kept]
+        if self.keep_params or self.takes:
+            for weight in self.derived:
+                weight.operands[:] = [own_memory(x, self._outside) for x in weight.operands]
+                weight.rows = None if weight.rows is None else own_memory(weight.rows, self._outside)
 
     def release(self) -> list[tuple[Weight, Factors]]:
         """Hand over what was kept; the capture itself may live on, in cycles, until garbage is collected."""
-        kept, self.kept, self.directions, self._pushed = self.kept, [], None, {}
+        kept, self.kept, self.directions, self._pushed, self.derived = self.kept, [], None, {}, []
         return kept
 
     def fault(self, where: str, error: Exception) -> None:

@@ -120,7 +120,7 @@ class _Watch:
             if session.ready:
                 session.projector.add(vector.rows, weight, factors, part)
             if keep:
-                vector.kept.append((weight, factors))
+                vector.kept.append((weight, self.capture.owned(factors)))
 
         return take
 

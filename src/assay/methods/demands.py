@@ -138,7 +138,9 @@ def sample_weights(weights: Sequence[float] | Tensor | None, samples: int) -> Te
     """
     if weights is None:
         return None
-    found = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+    found = (
+        torch.as_tensor(weights, dtype=torch.float64).detach().cpu().clone()
+    )  # the user's may be written to
     if found.shape != (samples,):
         raise InputError(
             f"run.step(ids, weights): {samples} ids and weights of shape {list(found.shape)}; give one per id."

@@ -126,6 +126,9 @@ class TracedCapture(Capture):
     def probe(self, value: Tensor) -> None:
         self._probe = value
 
+    def came_from_outside(self, tensor: Tensor) -> None:
+        """A tracer's tensors have no memory."""
+
     def keep(self, weight: Weight, factors: Factors) -> None:
         """What the use keeps whose backward pass runs now.
 

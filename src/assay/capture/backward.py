@@ -1,56 +1,88 @@
-"""A backward pass in any of its three spellings, run so that a probe takes part in it."""
+"""A backward pass in any of its three spellings: what was asked for, and the engine's run of it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["BACKWARD", "run_backward"]
+__all__ = ["BACKWARD", "BackwardPass"]
 
 
-def run_backward(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    probe: Tensor,
-    under: AbstractContextManager[Any],
-) -> Any:
-    """What `func` (a key of `BACKWARD`) does, with `probe` among the leaves where the caller named some.
-
-    The engine is called directly, because under a capture every public spelling would come straight back to it.
+@dataclass(frozen=True)
+class BackwardPass:
+    """A backward pass that somebody asks for.
 
     Args:
-        func: the spelling.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        probe: gets its gradient too.
-        under: what is active while the engine runs: activation checkpointing runs forward passes inside it.
+        roots: where it begins.
+        seeds: their gradients; None for the one of a scalar.
+        leaves: where it ends, as the caller named them; none for all leaves.
+        accumulates: whether gradients are added to `.grad`, and not returned.
+        retain_graph: likewise of the caller's arguments.
+        create_graph: likewise.
+        allow_unused: likewise.
+        materialize_grads: likewise.
     """
-    given = inspect.signature(BACKWARD[func]).bind(
-        *args, **{_SPELLINGS.get(k, k): v for k, v in kwargs.items()}
-    )
-    given.apply_defaults()
-    call = given.arguments
-    roots = _tuple(call["tensors"])
-    seeds = _tuple(call["gradients"]) or (None,) * len(roots)
-    leaves = _tuple(call["inputs"])
-    accumulate = func is not torch.autograd.grad
-    if accumulate and leaves:
-        leaves = (*leaves, probe)
-    create_graph = bool(call["create_graph"])
-    retain_graph = create_graph if call["retain_graph"] is None else call["retain_graph"]
-    filled = tuple(_seed(root, seed) for root, seed in zip(roots, seeds, strict=True))
-    with under:
-        found = torch.autograd.Variable._execution_engine.run_backward(
-            roots, filled, retain_graph, create_graph, leaves,
-            allow_unreachable=accumulate or bool(call["allow_unused"]), accumulate_grad=accumulate,
-        )  # fmt: skip
-    return None if accumulate else found
+
+    roots: tuple[Tensor, ...]
+    seeds: tuple[Tensor | None, ...]
+    leaves: tuple[Any, ...]
+    accumulates: bool
+    retain_graph: bool
+    create_graph: bool
+    allow_unused: bool
+    materialize_grads: bool
+
+    @classmethod
+    def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BackwardPass:
+        """What `func` (a key of `BACKWARD`) is called for."""
+        given = inspect.signature(BACKWARD[func]).bind(
+            *args, **{_SPELLINGS.get(k, k): v for k, v in kwargs.items()}
+        )
+        given.apply_defaults()
+        call = given.arguments
+        roots = _tuple(call["tensors"])
+        create_graph = bool(call["create_graph"])
+        return cls(
+            roots,
+            _tuple(call["gradients"]) or (None,) * len(roots),
+            _tuple(call["inputs"]),
+            func is not torch.autograd.grad,
+            create_graph if call["retain_graph"] is None else bool(call["retain_graph"]),
+            create_graph,
+            bool(call.get("allow_unused")),
+            bool(call.get("others", {}).get("materialize_grads")),
+        )
+
+    def run(self, probe: Tensor | None, under: AbstractContextManager[Any]) -> Any:
+        """What the caller's spelling does.
+
+        The engine is called directly, because under a capture every public spelling would come straight back to it.
+
+        Args:
+            probe: gets its gradient too where the caller named leaves; None for a pass that does not count.
+            under: what is active while the engine runs: activation checkpointing runs forward passes inside it.
+        """
+        leaves = self.leaves
+        if self.accumulates and leaves and probe is not None:
+            leaves = (*leaves, probe)
+        filled = tuple(_seed(root, seed) for root, seed in zip(self.roots, self.seeds, strict=True))
+        with under:
+            found = torch.autograd.Variable._execution_engine.run_backward(
+                self.roots, filled, self.retain_graph, self.create_graph, leaves,
+                allow_unreachable=self.accumulates or self.allow_unused or self.materialize_grads,
+                accumulate_grad=self.accumulates,
+            )  # fmt: skip
+        if self.accumulates:
+            return None
+        if self.materialize_grads:
+            return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
+        return found
 
 
 # The signatures of the three spellings of a backward pass, under common names.

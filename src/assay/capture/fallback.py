@@ -33,7 +33,6 @@ from assay.capture.marks import Data, Directions, Weight, load_forward_mode
 from assay.capture.passes import Pass, differentiable, recorded, surroundings
 from assay.capture.weights import Weights
 from assay.errors import CoverageError
-from assay.faults import Faults
 
 if TYPE_CHECKING:
     from assay.capture.mode import Capture
@@ -56,6 +55,9 @@ class Boundary:
         self.model, self.weights, self.capture = model, weights, capture
         self.passes: list[Pass] = []
         self._open: list[Pass | None] = []
+        if weights.uncovered:
+            capture.forgets.append(self._forget)
+            capture.inseparable = "the fallback that measures some of them"
 
     def __enter__(self) -> Boundary:
         """Start watching. A compiled model runs eagerly inside: a compiler cannot trace through the capture."""
@@ -75,6 +77,14 @@ class Boundary:
             hook.remove()
 
     # --- the passes ---
+
+    def _forget(self) -> None:
+        for record in self.passes:
+            record.gradients.clear()
+
+    def _counted(self) -> list[Pass]:
+        """Those for whose outputs something came back."""
+        return [record for record in self.passes if record.gradients]
 
     def _idle(self) -> bool:
         return not self.weights.uncovered or self.capture.paused or not torch.is_grad_enabled()
@@ -116,7 +126,7 @@ class Boundary:
             record.layouts.append(self._layout(x))
             record.sums.append(x.detach().double().sum())
             leaves[place] = x.view_as(x)  # what the caller gets: its gradient is what came from outside
-            leaves[place].register_hook(_receiver(record, k, through.get(k), self.capture.faults))
+            leaves[place].register_hook(_receiver(record, k, through.get(k), self.capture))
         self.passes.append(record)
         return tree_unflatten(leaves, spec)
 
@@ -146,7 +156,7 @@ class Boundary:
                 )
             stack.extend(node[0].next_functions)
         chosen = sorted(found)
-        with self.capture.unseen():
+        with self.capture.unseen(), self.capture.recording(()):
             parts = (
                 torch.autograd.grad(scalar, [outputs[k] for k in chosen], retain_graph=True) if chosen else ()
             )
@@ -165,7 +175,7 @@ class Boundary:
         scores = self.capture.probe.grad
         if not self.weights.uncovered or not (self.passes or self.capture.uses):
             return scores
-        if not any(record.gradients for record in self.passes):
+        if not self._counted():
             raise self._error(
                 "the model's own forward pass was not called, or nothing came back for its outputs"
             )
@@ -230,7 +240,7 @@ class Boundary:
             self.capture.batch, dtype=self.capture.probe.dtype, device=self.capture.probe.device
         )
         load_forward_mode()
-        for record in self.passes:
+        for record in self._counted():
             with self._again(record), torch.no_grad(), forward_ad.dual_level():
                 duals = {p: _dual(p, G) for p, G in zip(params, directions, strict=True)}
                 found = [_parts(x) for x in self.run(record, duals, (record.args, record.kwargs))]
@@ -260,7 +270,7 @@ class Boundary:
     def sample_loop(self, params: Sequence[Parameter]) -> Iterator[tuple[int, list[Tensor]]]:
         """Every sample's gradients `[*shape]`, pass by pass."""
         batch = self.capture.batch
-        for record in self.passes:
+        for record in self._counted():
             if record.drew_numbers:
                 raise self._error(
                     "it draws random numbers (dropout), which one sample at a time would draw anew"
@@ -317,12 +327,14 @@ def _flattened(group: int, params: list[Parameter]) -> Callable[[Directions], di
 
 
 def _receiver(
-    record: Pass, output: int, through: Mapping[int, Tensor] | None, faults: Faults
+    record: Pass, output: int, through: Mapping[int, Tensor] | None, capture: Capture
 ) -> Callable[[Tensor], None]:
     """What happens with ∂L/∂output; a scalar hands it on to the outputs that it was computed from."""
 
     def receive(gradient: Tensor) -> None:
-        with torch._C.DisableTorchFunction(), faults.caught("in the backward pass"):
+        if capture.idle:
+            return
+        with torch._C.DisableTorchFunction(), capture.faults.caught("in the backward pass"):
             if through is None:
                 record.came_back(output, gradient)
             for k, part in (through or {}).items():

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from assay.capture.factors import Dense, Factors
 from assay.capture.marks import Weight
+from assay.capture.probe import once
 from assay.capture.recorder import Recorder
 
 __all__ = ["ObservedLayerNorm"]
@@ -47,28 +47,32 @@ class ObservedLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, w and b as autograd has them, and the scores."""
         x, weight, bias, mean, rstd = ctx.saved_tensors  # under the capture, as in `probe.Observe`
+        recorder = ctx.recorder
         with torch._C.DisableTorchFunction():
-            wanted = [ctx.needs_input_grad[0], False, False]
+            whole = recorder.idle or torch.is_grad_enabled()  # create_graph=True
+            wanted = [ctx.needs_input_grad[0], whole, whole and bias is not None]
             scores = torch.zeros_like(ctx.like)
             try:
-                gw, gb = _per_sample(x, gy, mean, rstd, len(ctx.shape), ctx.batch)
-                on_weight, on_bias = ctx.marks
-                uses: list[tuple[Weight, Factors]] = [(on_weight, Dense(gw))]
-                if on_bias is not None:
-                    uses.append((on_bias, Dense(gb)))
-                scores = ctx.recorder.record(uses, ctx.like)
+                if not recorder.idle:
+                    with torch.no_grad():
+                        gw, gb = _per_sample(x, gy, mean, rstd, len(ctx.shape), ctx.batch)
+                        on_weight, on_bias = ctx.marks
+                        uses: list[tuple[Weight, Factors]] = [(on_weight, Dense(gw))]
+                        if on_bias is not None:
+                            uses.append((on_bias, Dense(gb)))
+                        scores = recorder.record(uses, ctx.like)
             except Exception as error:
-                ctx.recorder.fault("in the backward pass", error)
+                recorder.fault("in the backward pass", error)
                 wanted = [wanted[0], True, bias is not None]
             gx, whole_w, whole_b = torch.ops.aten.native_layer_norm_backward(
                 gy, x, list(ctx.shape), mean, rstd, weight, bias, wanted
             )
             if not wanted[1]:
                 whole_w, whole_b = gw.sum(0), gb.sum(0) if bias is not None else None
+        gx, whole_w, whole_b = (once(g, recorder) for g in (gx, whole_w, whole_b))
         return gx, whole_w, whole_b, None, None, scores, None, None, None
 
 

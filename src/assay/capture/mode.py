@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _StopRecomputationError
 
-from assay.capture.backward import BACKWARD, run_backward
+from assay.capture.accumulated import Accumulated
+from assay.capture.backward import BACKWARD, BackwardPass
 from assay.capture.call import (
     GENERAL,
     RULES,
@@ -54,7 +55,7 @@ from assay.capture.tokens import ByToken, positions_in
 from assay.capture.track import follow
 from assay.capture.track.tokens import follow_tokens
 from assay.capture.weights import Weights
-from assay.errors import CoverageError
+from assay.errors import CoverageError, InputError
 from assay.faults import Faults
 
 __all__ = ["Capture"]
@@ -109,6 +110,7 @@ class Capture(Recorder, TorchFunctionMode):
         self._by_rows: dict[
             tuple[int, ...], None
         ] = {}  # shapes of what was taken for samples by its rows alone
+        self._accumulated = Accumulated(weights.params)
 
     # --- every call ---
 
@@ -124,7 +126,7 @@ class Capture(Recorder, TorchFunctionMode):
         ):
             return func(*args, **kwargs)
         if func in BACKWARD:
-            return run_backward(func, args, kwargs, self.probe, under=self)
+            return self._run_backward(BackwardPass.of(func, args, kwargs))
         if not self.faults.detaches:
             return self._follow(func, args, kwargs)
         written = (
@@ -177,6 +179,37 @@ class Capture(Recorder, TorchFunctionMode):
                         mark = self._mark_result(func, args, kwargs, tensors, marks, part, position, out)
                         self._set(part, mark)
         return out
+
+    def _run_backward(self, asked: BackwardPass) -> Any:
+        """Run a backward pass; what it adds to the watched `.grad` is recorded, and nothing else is."""
+        inside = torch._C._current_graph_task_id() != -1
+        part = inside and asked.accumulates and not asked.leaves  # of the pass that runs: a checkpoint's
+        if part or any(leaf is self.probe for leaf in asked.leaves):
+            return asked.run(self.probe, under=self)
+        only: Collection[Parameter] | None = None if asked.accumulates else ()
+        with self.faults.caught("before a backward pass"):
+            only = self._named(asked) if asked.accumulates and asked.leaves else only
+            if (only is None or only) and not inside and self._accumulated.gone():
+                self.forget()
+        with self.recording(only):
+            found = asked.run(None if self.idle else self.probe, under=self)
+            if not self.idle and not inside:
+                self._accumulated.note()
+        return found
+
+    def _named(self, asked: BackwardPass) -> Collection[Parameter] | None:
+        """The watched parameters among the leaves of a backward pass; None for all of them."""
+        weights = self.weights
+        watched = {id(x): p for p in weights.params for x in (p, weights.used(p))}
+        named = {watched[id(leaf)] for leaf in asked.leaves if id(leaf) in watched}
+        others = [name for p, name in weights.names.items() if p not in named]
+        if named and others and self.inseparable:
+            raise InputError(
+                f"backward(inputs=[...]) inside run.step leaves out {', '.join(others[:3])}"
+                f"{' …' if len(others) > 3 else ''} and names other parameters, and {self.inseparable} cannot take "
+                "them apart; name all that the run watches, or pass exclude=[...] with the names of the others."
+            )
+        return named if others else None
 
     def _use(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(self, func, name_of(func), args, kwargs)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from assay.capture.contraction import Blocks, per_sample_gradients, weight_gradient_and_products
 from assay.capture.factors import Dense, Factors, Outer
@@ -23,8 +22,9 @@ from assay.capture.layout import Layout
 from assay.capture.marks import Weight
 from assay.capture.recorder import Recorder
 from assay.capture.rounding import Rounded
+from assay.errors import CoverageError
 
-__all__ = ["Explain", "Observe", "ObserveInPlace", "ObservedLinear", "Use"]
+__all__ = ["Explain", "Observe", "ObserveInPlace", "ObservedLinear", "Use", "once"]
 
 # what the gradient of an operation's output and its saved tensors say of the weights it used
 Explain = Callable[[Tensor, Sequence[Tensor]], Sequence[tuple[Weight, Factors]]]
@@ -49,17 +49,19 @@ class Observe(torch.autograd.Function):
         return _alias(y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient unchanged for `y`, the scores for the probe."""
         saved = ctx.saved_tensors  # under the capture: reading them may run a checkpoint's forward pass again
-        with torch._C.DisableTorchFunction(), torch.autocast(gy.device.type, enabled=False):
+        recorder = ctx.use.recorder
+        if recorder.idle:
+            return (once(gy, recorder), torch.zeros_like(ctx.like), None, *(None for _ in saved))
+        with torch._C.DisableTorchFunction(), torch.autocast(gy.device.type, enabled=False), torch.no_grad():
             try:
-                scores = ctx.use.recorder.record(ctx.use.explain(gy, saved), ctx.like)
+                scores = recorder.record(ctx.use.explain(gy, saved), ctx.like)
             except Exception as error:
-                ctx.use.recorder.fault("in the backward pass", error)
+                recorder.fault("in the backward pass", error)
                 scores = torch.zeros_like(ctx.like)
-        return (gy, scores, None, *(None for _ in saved))
+        return (once(gy, recorder), scores, None, *(None for _ in saved))
 
 
 class ObserveInPlace(torch.autograd.Function):
@@ -73,7 +75,7 @@ class ObserveInPlace(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         return y
 
-    backward = Observe.backward  # type: ignore[assignment]
+    backward = Observe.backward
 
 
 class ObservedLinear(torch.autograd.Function):
@@ -105,20 +107,54 @@ class ObservedLinear(torch.autograd.Function):
             return _alias(F.linear(x, weight.t() if transposed else weight, bias))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, W and b as autograd has them, and the scores."""
         x, weight = ctx.saved_tensors  # under the capture, as in `Observe`
+        recorder = ctx.recorder
         with torch._C.DisableTorchFunction(), torch.autocast(gy.device.type, enabled=False):
             gx = None
             if ctx.needs_input_grad[0]:
                 gx = F.linear(gy, weight if ctx.transposed else weight.t())
             try:
-                gw, gb, scores = _linear_backward(ctx, x, gy)
+                with torch.no_grad():
+                    gw, gb, scores = _linear_backward(ctx, x, gy)
             except Exception as error:
-                ctx.recorder.fault("in the backward pass", error)
+                recorder.fault("in the backward pass", error)
                 gw, gb, scores = _plain_gradients(ctx, x, gy)
+            if torch.is_grad_enabled() and recorder.looking is None:  # create_graph=True
+                gw, gb, _ = _plain_gradients(ctx, x, gy)
+        gx, gw, gb = (once(g, recorder) for g in (gx, gw, gb))
         return gx, gw, gb, scores, None, None, None, None
+
+
+class Once(torch.autograd.Function):
+    """Passes a gradient on, and says so where it is differentiated once more on the way to `.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, recorder: Recorder) -> Tensor:
+        """The gradient itself."""
+        ctx.recorder = recorder
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The same."""
+        if not ctx.recorder.idle:
+            error = CoverageError(
+                "inside run.step the loss contains a gradient of the loss (create_graph=True: a gradient penalty, a "
+                "meta-gradient), and that part of it cannot be divided among the samples. Leave it out of run.step: "
+                "what another backward pass adds to .grad before the block is not valued."
+            )
+            ctx.recorder.fault("in the backward pass", error)
+        return gradient, None
+
+
+def once(gradient: Tensor | None, recorder: Recorder) -> Tensor | None:
+    """A gradient as it leaves a node; under `create_graph=True` it must not be differentiated again unnoticed."""
+    if gradient is None or not gradient.requires_grad:
+        return gradient
+    with torch._C.DisableTorchFunction():
+        return Once.apply(gradient, recorder)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _alias(y: Tensor) -> Tensor:
@@ -130,6 +166,8 @@ def _alias(y: Tensor) -> Tensor:
 
 def _linear_backward(ctx: Any, x: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     recorder: Recorder = ctx.recorder
+    if recorder.idle:
+        return _plain_gradients(ctx, x, gy)
     on_weight, on_bias = ctx.marks
     scores = torch.zeros_like(ctx.like)
     gw = gb = None
@@ -165,7 +203,7 @@ def _weight_backward(
     """The weight's gradient; its per-sample gradients are kept or added to `scores` on the way."""
     a, b = (gy, x) if ctx.transposed else (x, gy)  # gW = bᵀ a in the weight's own orientation
     groups: dict[int, Tensor] = {}
-    if weight is not None:
+    if weight is not None and recorder.counts(weight):
         outer = Outer(x, gy, ctx.layout, ctx.transposed)
         if recorder.keeps(weight):
             blocks = per_sample_gradients(a, b, ctx.layout, recorder.room, recorder.rounded)

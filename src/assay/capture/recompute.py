@@ -45,6 +45,8 @@ class Recompute:
         self._device = weights.params[0].device
         self._uses = 0  # of weights inside the model's own forward passes; once closed, less all uses
         self._open: list[tuple[Pass, int] | None] = []
+        capture.forgets.append(self._forget)
+        capture.inseparable = "memory='recompute'"
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -75,9 +77,13 @@ class Recompute:
             with capture.unseen():
                 record.sums.append(x.detach().double().sum())
             leaves[place] = x.view_as(x)  # what the caller gets: its gradient is what came from outside
-            leaves[place].register_hook(_receiver(record, k))
+            leaves[place].register_hook(_receiver(record, k, capture))
         self.passes.append(record)
         return tree_unflatten(leaves, spec)
+
+    def _forget(self) -> None:
+        for record in self.passes:
+            record.gradients.clear()
 
     def close(self) -> None:
         """The micro-batch is over: watch no longer, and let go of its capture."""
@@ -107,6 +113,8 @@ class Recompute:
         targets = number_of(directions)
         scores = like.new_zeros(like.shape[0], targets, like.shape[2])
         for record in self.passes:
+            if not record.gradients:  # nothing came back for its outputs
+                continue
             capture = Capture(
                 self.weights, self.batch, directions, strict=True, coverage=Coverage(self.weights.names)
             )
@@ -158,8 +166,10 @@ def _buffers(model: Module, values: Mapping[str, Tensor]) -> Iterator[None]:
                 b.copy_(before[name])
 
 
-def _receiver(record: Pass, output: int) -> Any:
+def _receiver(record: Pass, output: int, capture: Capture) -> Any:
     def receive(gradient: Tensor) -> None:
+        if capture.idle:
+            return
         with torch._C.DisableTorchFunction():
             record.came_back(output, gradient)
 

@@ -5,8 +5,8 @@ The nodes of `probe` call it in the backward pass, with what a use leaves (`fact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from assay.capture.products import products, through_pairs
 from assay.capture.room import Room
 from assay.capture.rounding import rounded
 from assay.capture.weights import Weights
+from assay.errors import CoverageError
 from assay.faults import Faults
 
 __all__ = ["WHOLE", "Recorder"]
@@ -47,6 +48,10 @@ class Recorder:
             long ones come a few samples at a time.
         looking: takes their place, and that of all else, in a backward pass of somebody's own (`look`).
         derived: the weights that were computed in this micro-batch.
+        only: the parameters whose `.grad` the backward pass that runs adds to; None for all. The others' gradients are
+            not recorded.
+        forgets: called where gradients were thrown away that this micro-batch had left in `.grad`.
+        inseparable: who takes the gradients of all parameters together, if anybody does.
     """
 
     def __init__(
@@ -67,6 +72,9 @@ class Recorder:
         self.takes: list[Callable[[Weight, Factors, slice], None]] = []
         self.looking: Callable[[Weight, Factors], None] | None = None
         self.derived: list[Weight] = []
+        self.only: Collection[Parameter] | None = None
+        self.forgets: list[Callable[[], None]] = []
+        self.inseparable = ""
         self._outside: set[int] = set()
         self._pushed: dict[Weight, dict[int, Tensor]] = {}
         some = next(iter(weights.params))
@@ -94,10 +102,50 @@ class Recorder:
         if self.looking is not None:
             self.looking(weight, factors)
             return False
+        if not self.counts(weight):
+            return False
         self.hand_on(weight, factors)
         if self.keeps(weight):
             self.keep(weight, factors)
         return True
+
+    @property
+    def idle(self) -> bool:
+        """Whether the backward pass that runs adds to no `.grad` that is watched: nothing of it is recorded."""
+        return self.only is not None and not self.only
+
+    def counts(self, weight: Weight) -> bool:
+        """Whether the backward pass that runs adds to the `.grad` of this weight's parameters.
+
+        Raises:
+            CoverageError: to that of some, and not to that of others.
+        """
+        if self.only is None:
+            return True
+        named = [param for param in weight.params if param in self.only]
+        if named and len(named) < len(weight.params):
+            names = [self.weights.names[param] for param in weight.params]
+            raise CoverageError(
+                f"backward(inputs=[...]) names some of {', '.join(names)}, of which one weight is computed, and not "
+                "the others, so that the per-sample gradients of those cannot be told apart; name all of them."
+            )
+        return bool(named)
+
+    @contextmanager
+    def recording(self, only: Collection[Parameter] | None) -> Iterator[None]:
+        """Around a backward pass that adds to the `.grad` of these parameters; None for all."""
+        before, self.only = self.only, only
+        try:
+            yield
+        finally:
+            self.only = before
+
+    def forget(self) -> None:
+        """What was recorded so far stands in no `.grad` any more."""
+        self.kept.clear()
+        self.probe.grad = None
+        for forget in self.forgets:
+            forget()
 
     def keeps(self, weight: Weight) -> bool:
         """Whether the per-sample gradients of this weight wait for a later contraction."""

@@ -61,6 +61,12 @@ class _Vector:
     kept: list[tuple[Weight, Factors]] = field(default_factory=list)
     small: list[tuple[Parameter, Factors, slice]] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.rows.zero_()
+        self.kept.clear()
+        self.small.clear()
+
     def keep(self, param: Parameter, read: Factors, part: slice) -> None:
         """Keep what is read of a use; written-out uses of one parameter by all samples are added up."""
         for other, known, whose in self.small:
@@ -83,14 +89,20 @@ class _Watch:
         self.gradient = _Vector(session.projector.empty(capture.batch))
         self.drawn: list[_Vector] = []
         capture.takes.append(self._taker(self.gradient, keep=False))
+        capture.forgets.append(self._forget)
         self._hook = None
         if session.method.curvature == "ggn":
+            capture.inseparable = "the draws of its curvature"
             self._hook = session.logits.register_forward_hook(self._see_logits)
 
     def close(self) -> None:
         """Let go of the module."""
         if self._hook is not None:
             self._hook.remove()
+
+    def _forget(self) -> None:
+        self.gradient.clear()
+        self.drawn.clear()
 
     def _see_logits(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if not self.capture.paused and torch.is_grad_enabled():
@@ -100,7 +112,7 @@ class _Watch:
 
     def _draw(self, logits: Tensor, gradient: Tensor) -> None:
         """In the backward pass, before it goes below the logits: go there with other gradients first."""
-        if self.capture.looking is not None or self.capture.paused:
+        if self.capture.looking is not None or self.capture.paused or self.capture.idle:
             return
         with torch._C.DisableTorchFunction():
             found = list(output_gradients(logits, gradient, self.session.method.draws, self.generator))

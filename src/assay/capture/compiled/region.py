@@ -278,6 +278,7 @@ def _run(
     plan: _Plan, function: Callable[..., Any], capture: Capture, inputs: Sequence[Any]
 ) -> tuple[Any, ...]:
     """One call: scores come with the probe's gradient, what is kept with that of the slots."""
+    capture.inseparable = "a compiled part of the model"
     marks = capture.weights.marks
     weights: dict[int | Node, Weight] = {k: marks[id(inputs[k])] for k in plan.weights}
     weights |= plan.again.marks(capture, inputs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -55,7 +56,7 @@ def check_capture(
     Raises:
         CoverageError: names the parameters whose scores are not what autograd says, by any means.
     """
-    comparison = _Comparison(model, args, kwargs, batch)
+    comparison = _Comparison(model, args, kwargs, weights, batch)
     try:
         wrong = comparison.wrong(weights, {}, "")
     except Exception as error:
@@ -102,10 +103,24 @@ _FALLBACKS = {
 class _Comparison:
     """One forward pass of a model, as the capture and as plain autograd see it."""
 
-    def __init__(self, model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> None:
+    def __init__(
+        self, model: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Weights, batch: int
+    ) -> None:
         self.model, self.batch = model, batch
         self.device = next(model.parameters()).device.type
-        self.args, self.kwargs = self._given = args, kwargs
+        # what the caller computed, inputs or weights in the place of the parameters (`functional_call`), is no part of
+        # the model, and its graph is still to be used
+        self.args, self.kwargs = tree_map(
+            lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x,
+            (args, dict(kwargs)),
+        )
+        self._given = self.args, self.kwargs
+        now = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters: dict[str, Tensor] = {
+            name: p
+            for p, name in weights.names.items()
+            if name in now and now[name] is not p and now[name] is not weights.used(p)
+        }
         self.mixes = False  # whether a sample alone gives other outputs than in its batch
         self.full = FullPrecision(self.device)  # where a difference means something
         self.precise = True
@@ -114,7 +129,7 @@ class _Comparison:
             dtype = next(model.parameters()).dtype
             self.args, self.kwargs = tree_map(
                 lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
-                (args, dict(kwargs)),
+                (self.args, self.kwargs),
             )
 
     def as_it_is(self) -> None:
@@ -180,8 +195,12 @@ class _Comparison:
 
         self.model.train().eval()  # a module may have kept tensors of the pass before, with their history
         torch.manual_seed(0)  # the same masks every time; `undisturbed` puts the training run's state back
+        args, kwargs = tree_map(cut, self.args), tree_map(cut, dict(self.kwargs))
         with self._precisely():
-            out = self.model(*tree_map(cut, self.args), **tree_map(cut, dict(self.kwargs)))
+            if self.parameters:
+                out = functional_call(self.model, self.parameters, args, kwargs)
+            else:
+                out = self.model(*args, **kwargs)
         size = len(range(*rows.indices(self.batch)))
         leaves = [x for x in tree_leaves(_plain(out)) if isinstance(x, Tensor) and x.is_floating_point()]
         return [x for x in leaves if x.requires_grad and x.dim() and len(x) == size]

@@ -95,6 +95,7 @@ class Watcher:
         """
         self._demand.before()
         capture = self._new_capture(len(ids))
+        closing.enter_context(capture.marking())
         first_input = self.model.register_forward_pre_hook(
             lambda _, args, kwargs: self._before_forward(capture, args, kwargs),
             with_kwargs=True,

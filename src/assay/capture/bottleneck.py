@@ -101,7 +101,7 @@ def stream_factors(
 
     hook = model.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        with undisturbed(model), torch.enable_grad(), capture:
+        with undisturbed(model), torch.enable_grad(), capture.marking(), capture:
             loss = loss_fn(model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -148,9 +148,9 @@ class _Comparison:
         refused: dict[Parameter, str] = {}
         roundings = Roundings()
         around = torch.autocast(self.device, enabled=False) if self.precise else nullcontext()
-        with undisturbed(self.model), torch.enable_grad(), eagerly(), around:
-            capture = Capture(alike, self.batch, directions, refused=refused)
-            capture.takes.append(lambda weight, factors, _: roundings.add(weight.params, factors))
+        capture = Capture(alike, self.batch, directions, refused=refused)
+        capture.takes.append(lambda weight, factors, _: roundings.add(weight.params, factors))
+        with undisturbed(self.model), torch.enable_grad(), eagerly(), around, capture.marking():
             with Boundary(self.model, alike, capture) as boundary, capture:
                 outputs = self._forward(slice(None))
             rows = sorted({0, self.batch - 1})[:SAMPLES] if self.batch > 1 else []

@@ -158,7 +158,7 @@ class FactoredPass(TargetPass):
             for batch in target.batches:
                 capture = self._capture(chosen)
                 capture.takes.append(take)
-                with capture:
+                with capture.marking(), capture:
                     loss = self._loss(name, target, batch) / len(target.batches)
                     refuse_constant(name, loss)
                     _, *gradients = torch.autograd.grad(loss, [capture.probe, *asked], allow_unused=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -107,9 +108,9 @@ class Capture(Recorder, TorchFunctionMode):
         self.uses = 0
         self.paused = self.in_compiled_backward = False
         self._token = object()
-        self._by_rows: dict[
-            tuple[int, ...], None
-        ] = {}  # shapes of what was taken for samples by its rows alone
+        # shapes of what was taken for samples by its rows alone
+        self._by_rows: dict[tuple[int, ...], None] = {}
+        self._marked: list[ref[Tensor]] = []
         self._accumulated = Accumulated(weights.params)
 
     # --- every call ---
@@ -325,6 +326,26 @@ class Capture(Recorder, TorchFunctionMode):
     def _set(self, tensor: Tensor, mark: Mark) -> None:
         if id(tensor) not in self.weights.marks:
             tensor._assay = (self._token, mark)  # type: ignore[attr-defined]
+            self._marked.append(ref(tensor))
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Around all that the capture sees: afterwards nothing of assay's stays on the tensors that are still there.
+
+        They are the user's, who may save them.
+        """
+        try:
+            yield
+        finally:
+            for weak in self._marked:
+                tensor = weak()
+                if tensor is not None:
+                    # as torch's own weak references do: autograd alone may have held it
+                    fix = getattr(tensor, "_fix_weakref", None)
+                    if fix is not None:
+                        fix()
+                    tensor.__dict__.pop("_assay", None)
+            self._marked.clear()
 
     def rows_as(self, x: Tensor, other: Tensor) -> Tensor:
         """`x`, which carries no sample, with its rows given to the samples of another tensor's rows."""

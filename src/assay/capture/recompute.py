@@ -123,6 +123,7 @@ class Recompute:
                 torch.enable_grad(),
                 _buffers(self.model, record.buffers),
                 Boundary(self.model, self.weights, capture) as boundary,
+                capture.marking(),
                 capture,
             ):
                 found = self._forward(capture, record)

@@ -85,7 +85,7 @@ def fit(rows: Any, make_model: Any, tmp_path: Path) -> Any:
             "default_root_dir": str(tmp_path),
             **arguments,
         }
-        trainer = L.Trainer(callbacks=[callback] if callback else [], **settings)
+        trainer = L.Trainer(**{"callbacks": [callback] if callback else [], **settings})
         trainer.fit(module, loader, held_out)
         return module, trainer
 
@@ -214,6 +214,29 @@ def test_an_error_leaves_a_whole_ledger(rows: Any, make_model: Any, tmp_path: Pa
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(Lit(make_model()), loader)
     assert assay.open(tmp_path / "run").account()["status"].to_list() == ["ok", "ok", "ok"]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_weights_put_in_at_the_end_of_training_change_nothing(
+    fit: Any, rows: Any, make_model: Any, first: bool
+) -> None:
+    """The last step is settled before the averaged weights are there, wherever the callback stands in the list."""
+
+    class Average(L.Callback):  # type: ignore[misc,name-defined]
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            with torch.no_grad():
+                for param in module.parameters():
+                    param.mul_(0.5)
+
+    def train(others: list[Any]) -> Any:
+        callback = AssayCallback(assay.Target([collate(rows[40:])], loss), ids="doc", path="trapezoid")
+        callbacks = [callback, *others] if first else [*others, callback]
+        fit(None, Lit(make_model()), max_steps=3, callbacks=callbacks)
+        return callback.ledger
+
+    plain, averaged = train([]), train([Average()])
+    assert averaged.steps().equals(plain.steps())
+    assert averaged.account().equals(plain.account())
 
 
 def test_a_training_that_is_resumed_goes_on_in_the_same_folder(

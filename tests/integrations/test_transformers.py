@@ -360,6 +360,33 @@ def test_the_best_model_is_loaded_after_the_last_step_is_booked(make_trainer: An
     assert accounts[0].equals(accounts[1])
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_weights_put_in_at_the_end_of_training_change_nothing(make_trainer: Any, later: bool) -> None:
+    """The last step is settled before the averaged weights are there, wherever their callback stands in the list."""
+
+    class Average(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.mul_(0.5)
+
+    ledgers = []
+    for others in ([], [Average()]):
+        trainer = make_trainer(max_steps=3)
+        callback = AssayCallback(id="doc", path="trapezoid")
+        if later:
+            callback.attach(trainer)
+        for other in others:
+            trainer.add_callback(other)
+        if not later:
+            callback.attach(trainer)
+        trainer.train()
+        assert "on_train_end" not in vars(trainer.callback_handler)
+        ledgers.append(callback.ledger)
+    assert ledgers[0].steps().equals(ledgers[1].steps())
+    assert ledgers[0].account().equals(ledgers[1].account())
+
+
 def test_targets_of_ones_own(make_trainer: Any, held_out: Any) -> None:
     own = assay.Target(
         [pad([{k: held_out[0][k] for k in ("input_ids", "labels")}])], lambda m, b: m(**b).loss

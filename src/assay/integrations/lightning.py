@@ -150,6 +150,8 @@ class AssayCallback(Callback):  # type: ignore[misc]
             **options,
         )
         self._live = LiveValues(self.run)
+        # the last step is settled before another callback, at the end of training, puts in other weights
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Open a step for the micro-batch."""

@@ -139,6 +139,8 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         for name, replacement in replaced.items():
             if (original := getattr(trainer, name, None)) is not None:
                 setattr(trainer, name, functools.wraps(original)(functools.partial(replacement, original)))
+        handler = trainer.callback_handler
+        handler.on_train_end = functools.partial(self._train_end, handler.on_train_end)
         return self
 
     # --- what the Trainer tells its callbacks ---
@@ -223,6 +225,10 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         self._close()  # before other weights are put in, at which the last step's effect would be measured
         return original()
 
+    def _train_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._close()  # likewise: a callback may put in averaged weights
+        return original(*args, **kwargs)
+
     # --- inside ---
 
     def _close(self) -> None:
@@ -245,6 +251,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
     def _detach(self) -> None:
         for name in ("train", "training_step", "get_train_dataloader", "log", *SAVED_AND_LOADED):
             self._trainer.__dict__.pop(name, None)  # what lies below is the class's own
+        self._trainer.callback_handler.__dict__.pop("on_train_end", None)
         self._trainer.remove_callback(self)
 
     def _make_targets(self) -> dict[str, Target]:

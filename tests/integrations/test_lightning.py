@@ -172,6 +172,65 @@ def test_layers_that_are_called_one_by_one_and_batches_without_ids(fit: Any) -> 
     assert callback.ledger.explained() == pytest.approx(1, abs=0.05)
 
 
+def llama() -> Any:
+    import transformers
+
+    transformers.set_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=64, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+class Part(Lit):
+    """Trains only what is not frozen."""
+
+    def configure_optimizers(self) -> Any:
+        trained = [param for param in self.parameters() if param.requires_grad]
+        return torch.optim.AdamW(trained, lr=3e-3, eps=1e-5)
+
+
+@pytest.mark.parametrize("part", ["wpe", "h.1.mlp.c_fc", "layers.1.self_attn", "norm", "lm_head"])
+def test_a_part_of_a_model_is_trained(fit: Any, rows: Any, make_model: Any, part: str) -> None:
+    """That part's own inputs need not have a row per sample: positions, rotary tables."""
+
+    def make() -> Any:
+        model = make_model() if part in ("wpe", "h.1.mlp.c_fc") else llama()
+        for name, param in model.named_parameters():
+            param.requires_grad_(part in name)
+        return model
+
+    callback = AssayCallback({"t": assay.Target([collate(rows[40:])], loss)}, ids="doc")
+    fit(callback, Part(make()), gradient_clip_val=0.5, max_epochs=1)
+    expected = replay(rows, make(), callback.ledger, 1)[0].steps()["value"]
+    np.testing.assert_allclose(
+        callback.ledger.steps()["value"], expected, rtol=2e-3, atol=1e-4 * expected.abs().max()
+    )
+
+
+class Head(Part):
+    """A head, trained on the rows of all samples together, behind a frozen model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.requires_grad_(False))
+        torch.manual_seed(1)
+        self.head = nn.Linear(16, 256)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        inner = self.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = self.head(inner.last_hidden_state[:, :-1].flatten(0, 1))
+        return nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+
+
+def test_a_head_behind_a_frozen_model_is_trained(fit: Any, rows: Any) -> None:
+    callback = AssayCallback(assay.Target([collate(rows[40:])], loss), ids="doc", path="trapezoid")
+    fit(callback, Head(llama()), max_epochs=1)
+    assert set(callback.ledger.values()["id"]) == {row["doc"] for row in rows[:40]}
+    assert callback.ledger.explained() == pytest.approx(1, abs=0.05)
+
+
 def test_padding_does_not_name_an_example(rows: Any) -> None:
     from assay.integrations.lightning import _content_ids
 

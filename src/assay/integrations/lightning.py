@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleDict, ModuleList
 from torch.utils._pytree import tree_leaves
 
 from assay.errors import InputError
@@ -111,7 +111,7 @@ class AssayCallback(Callback):  # type: ignore[misc]
         return self.run.ledger
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the run, on the part of the module that the optimizer trains."""
+        """Start the run, on what the training step calls."""
         if not pl_module.automatic_optimization:
             raise InputError(
                 "AssayCallback: this module optimizes by hand; put `with run.step(ids):` around its forward and "
@@ -141,7 +141,7 @@ class AssayCallback(Callback):  # type: ignore[misc]
             **self._options,
         }
         self.run = Run(
-            _trained(pl_module, optimizer),
+            _called(pl_module),
             optimizer,
             self._out,
             methods,
@@ -227,14 +227,17 @@ class AssayCallback(Callback):  # type: ignore[misc]
         return batch[self._ids]
 
 
-def _trained(module: Module, optimizer: Any) -> Module:
-    """The innermost part of a module that holds all that the optimizer trains: what the training step calls."""
-    wanted = {p for group in optimizer.param_groups for p in group["params"]}
-    while True:
-        inner = [child for child in module.children() if wanted <= set(child.parameters())]
-        if len(inner) != 1 or isinstance(module, torch.nn.Sequential):
-            return module
-        module = inner[0]
+def _called(module: Module) -> Module:
+    """What the training step most likely calls: the one child that holds all parameters, or else the module itself.
+
+    Children of that child are called with tensors whose rows need not be the samples (positions, rotary tables), and
+    so is a head behind a backbone, whichever of them the optimizer trains.
+    """
+    parameters = set(module.parameters())
+    inner = [child for child in module.children() if parameters <= set(child.parameters())]
+    if len(inner) != 1:
+        return module
+    return _called(inner[0]) if isinstance(inner[0], (ModuleDict, ModuleList)) else inner[0]
 
 
 def _of_module(target: Target, module: Module) -> Target:

@@ -360,6 +360,42 @@ def test_the_best_model_is_loaded_after_the_last_step_is_booked(make_trainer: An
     assert accounts[0].equals(accounts[1])
 
 
+@pytest.mark.parametrize("momentum", ["instant", "exact"])
+def test_a_training_that_begins_anew_with_smaller_batches(
+    make_trainer: Any, tmp_path: Path, momentum: str
+) -> None:
+    """After an out-of-memory the Trainer starts its loop again; the ledger is that of the attempt that went through."""
+
+    ledgers, weights = [], []
+    for out in (None, tmp_path / "run", "without"):
+        trainer = make_trainer(auto_find_batch_size=True, num_train_epochs=1, max_grad_norm=0.0)
+
+        def starve(model: Any, args: Any, inputs: Any, trainer: Any = trainer) -> None:
+            if model.training and trainer.state.global_step > 1 and len(inputs["input_ids"]) > 3:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+        trainer.model.register_forward_pre_hook(starve, with_kwargs=True)
+        callback = AssayCallback(
+            out=None if out == "without" else out, id="doc", columns=["domain"], group="domain",
+            momentum=momentum, strict=True, check="off", info={"mine": 1},
+        )  # fmt: skip
+        if out != "without":
+            callback.attach(trainer)
+        trainer.train()
+        weights.append(list(trainer.model.parameters()))
+        if out != "without":
+            ledgers.append(callback.ledger)
+    memory, folder = ledgers
+    assert memory.steps().equals(folder.steps())
+    assert memory.account().equals(folder.account())
+    assert memory.metadata().sort("id").equals(folder.metadata().sort("id"))
+    assert folder.account()["step"].to_list() == list(range(14))  # 40 documents, three at a time
+    assert folder.values().height == folder.metadata().height == 40
+    assert folder.info["mine"] == 1
+    for kept, *others in zip(*weights, strict=True):
+        assert all(torch.equal(kept, other) for other in others)
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_weights_put_in_at_the_end_of_training_change_nothing(make_trainer: Any, later: bool) -> None:
     """The last step is settled before the averaged weights are there, wherever their callback stands in the list."""

@@ -168,14 +168,21 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
                 name: _version(name) for name in ("assay", "torch", "transformers", "trl") if _version(name)
             },
             "seed": args.seed,
-            **self._options.pop("info", {}),
+            **self._options.get("info", {}),
         }
         if state.global_step:
             info["resumed_from_step"] = state.global_step
         # a step that a loss scaler passed over counts for the trainer as it does for the run
         options = {"resume": state.global_step if state.global_step and self._out else False, **self._options}
-        self.run = Run(model, optimizer, self._out, [*methods, *self._methods], info=info, **options)
+        anew = self.run is not None  # with smaller batches, after one ran out of memory
+        if anew:
+            self._give_up()
+            options["resume"] = state.global_step if self._out else False
+        options["info"] = info
+        self.run = Run(model, optimizer, self._out, [*methods, *self._methods], **options)
         self.run.writer.before_flush(functools.partial(self._notes.hand_over, self.run.writer))
+        if anew:
+            self.run.writer.expect_other_samples()
         self._live = LiveValues(self.run)
 
     # --- what is put around the trainer's own methods ---
@@ -230,6 +237,11 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         return original(*args, **kwargs)
 
     # --- inside ---
+
+    def _give_up(self) -> None:
+        """Close the run of an attempt that came to nothing; in a folder, the next one's steps replace its own."""
+        self._close()
+        self._notes = Notes(self._notes.group)
 
     def _close(self) -> None:
         if self.run is not None:

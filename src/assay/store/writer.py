@@ -304,6 +304,10 @@ class RunWriter:
         """
         self._before_flush.append(hand_over)
 
+    def expect_other_samples(self) -> None:
+        """Say nothing where a resumed run takes other samples than the first time: it is meant to."""
+        self._overruled = {}
+
     def flush(self) -> None:
         """Write everything that waits.
 

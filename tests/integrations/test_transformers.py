@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -21,6 +23,7 @@ from integrations.texts import pad
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
+from assay.integrations.collect import Collector  # noqa: E402
 from assay.integrations.transformers import AssayCallback  # noqa: E402
 from integrations import two_processes  # noqa: E402
 
@@ -170,6 +173,46 @@ def test_all_columns_kept(make_trainer: Any, rows: Any) -> None:
     trainer.train()
     assert set(callback.ledger.values()["id"]) <= {row["doc"] for row in rows[:40]}
     assert set(callback.ledger.metadata()["domain"]) <= {row["domain"] for row in rows}
+
+
+class Settings:
+    """A collator with a setting of its own; its trainer's data need not have the model's columns."""
+
+    column = "tokens"
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        return pad([dict.fromkeys(("input_ids", "labels"), example[self.column]) for example in examples])
+
+
+def test_a_trainer_that_reads_its_collator_and_keeps_the_columns(
+    make_trainer: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like the one of sentence-transformers, whose collator makes the model's inputs from columns of text."""
+
+    def loader(self: Any) -> Any:
+        assert self.data_collator.column == "tokens"
+        assert not hasattr(self.data_collator, "row")
+        return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=self.data_collator)
+
+    monkeypatch.setattr(transformers.Trainer, "get_train_dataloader", loader)
+    data = [{"doc": row["doc"], "tokens": row["input_ids"]} for row in rows[:8]]
+    trainer = make_trainer(data, collate=Settings(), num_train_epochs=1)
+    callback = AssayCallback(
+        assay.Target([pad([{k: row[k] for k in ("input_ids", "labels")} for row in rows[40:]])], model_loss),
+        id="doc",
+    ).attach(trainer)
+    trainer.train()
+    assert set(callback.ledger.values()["id"]) == {row["doc"] for row in data}
+
+
+def model_loss(model: Any, batch: Any) -> Any:
+    return model(**batch).loss
+
+
+def test_a_collator_is_copied_and_sent_to_workers() -> None:
+    collector = Collector(Settings(), "doc")
+    for copied in (copy.copy(collector), copy.deepcopy(collector), pickle.loads(pickle.dumps(collector))):
+        assert (copied.id, copied.column) == ("doc", "tokens")
 
 
 def test_training_is_what_it_is_without(make_trainer: Any) -> None:

@@ -47,13 +47,13 @@ class Collector:
         collate: the user's data collator: a list of examples to a mapping of tensors.
         id: the column that names an example; None for a hash of the columns that the collator gets.
         columns: further columns to keep as metadata.
-        keep: the columns that the collator gets and that are hashed; None for all.
+        drop: columns that are here for their name alone: the collator does not get them, nor are they hashed.
     """
 
     collate: Callable[[list[Any]], Any]
     id: str | None = None
     columns: Sequence[str] = ()
-    keep: frozenset[str] | None = None
+    drop: frozenset[str] = frozenset()
 
     def __call__(self, examples: list[Any]) -> Any:
         """Collate; the batch carries `Taken` under `KEY`."""
@@ -62,7 +62,9 @@ class Collector:
                 f"an example of the training data is a {type(examples[0]).__name__}, not a mapping of columns: "
                 "assay takes ids and content by the columns' names; hand over dicts"
             )
-        plain = [{key: value for key, value in example.items() if self._stays(key)} for example in examples]
+        plain = [
+            {key: value for key, value in example.items() if key not in self.drop} for example in examples
+        ]
         ids = [self._name(example, bare) for example, bare in zip(examples, plain, strict=True)]
         rows = [
             {"id": id_, **{column: _plain(example.get(column)) for column in self.columns}}
@@ -82,8 +84,11 @@ class Collector:
         batch[KEY] = Taken(ids, rows, packed)
         return batch
 
-    def _stays(self, key: str) -> bool:
-        return self.keep is None or key in self.keep
+    def __getattr__(self, name: str) -> Any:
+        """Of the user's collator: some trainers read settings from theirs."""
+        if name.startswith("__") or "collate" not in self.__dict__:  # while it is copied or sent to a worker
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.collate, name)
 
     def _name(self, example: Mapping[str, Any], bare: Mapping[str, Any]) -> int | str:
         if self.id is None:

@@ -208,9 +208,10 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         collate = trainer.data_collator
         trainer._set_signature_columns_if_needed()
         signature = list(trainer._signature_columns)
-        keep = frozenset(signature) if trainer.args.remove_unused_columns else None
-        trainer.data_collator = Collector(collate, self._id, self._columns, keep)
-        trainer._signature_columns = signature + [name for name in wanted if name not in signature]
+        added = [name for name in wanted if name not in signature]
+        drop = frozenset(added if trainer.args.remove_unused_columns else ())
+        trainer.data_collator = Collector(collate, self._id, self._columns, drop)
+        trainer._signature_columns = signature + added
         try:
             return original()
         finally:

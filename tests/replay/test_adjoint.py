@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from replay.common import OPTIMIZERS, ROWS, STEPS, Problem, loss_fn
 
 PROBLEMS = [
@@ -34,3 +35,17 @@ def test_values_are_the_finite_differences_of_training(problem: Problem) -> None
     assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
     assert ((found - truth).abs() <= 1e-5 * truth.abs() + 1e-8).all()
     assert truth.abs().min() > 1e-7
+
+
+def test_accelerates_wrapper_is_what_it_wraps() -> None:
+    """A Trainer hands out its optimizer in it."""
+    accelerate = pytest.importorskip("accelerate")
+    problem = Problem("adamw", 0.4)
+    ledger, model, optimizer = problem.recorded()
+    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(optimizer)
+    found, expected = (
+        ledger.adjoint(model, each, problem.batches, loss_fn, problem.queries())
+        for each in (wrapped, optimizer)
+    )
+    assert torch.equal(found, expected)
+    ledger.metasmoothness(model, wrapped, problem.batches, loss_fn, problem.queries())

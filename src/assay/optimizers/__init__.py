@@ -5,6 +5,6 @@ One short file per family holds the update in the symbols of the ``torch.optim``
 """
 
 from assay.optimizers.model import OptimizerModel, Split
-from assay.optimizers.select import model_of
+from assay.optimizers.select import model_of, unwrapped
 
-__all__ = ["OptimizerModel", "Split", "model_of"]
+__all__ = ["OptimizerModel", "Split", "model_of", "unwrapped"]

@@ -19,7 +19,7 @@ from assay.optimizers.radam import RAdam
 from assay.optimizers.rmsprop import RMSprop
 from assay.optimizers.sgd import SGD
 
-__all__ = ["model_of"]
+__all__ = ["model_of", "unwrapped"]
 
 _MODELS: dict[type[Optimizer], type[OptimizerModel]] = {
     torch.optim.SGD: SGD,
@@ -88,7 +88,7 @@ def model_of(optimizer: Optimizer, override: Literal["sgd"] | None = None) -> Op
         >>> torch.allclose(before - w, lr * split.gain * w.grad + split.carried + split.decayed)
         True
     """
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise InputError(
             f"{type(optimizer).__name__} is not a torch.optim.Optimizer: pass the one that steps"
@@ -110,7 +110,14 @@ def model_of(optimizer: Optimizer, override: Literal["sgd"] | None = None) -> Op
     )
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's or Lightning's wrapper.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)])
+        >>> unwrapped(optimizer) is optimizer
+        True
+    """
     kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(optimizer).__mro__}
     while kinds & _WRAPPERS:
         optimizer = optimizer.optimizer

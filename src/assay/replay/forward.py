@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from assay.errors import InputError
+from assay.optimizers import unwrapped
 from assay.replay.check import Check
 from assay.replay.clipping import Clipping
 from assay.replay.flat import Flat, Span
@@ -83,10 +84,10 @@ class Forward:
         clipping: Clipping,
         adjoint: OptimizerAdjoint,
     ) -> None:
-        self.model, self.optimizer, self.trajectory = model, optimizer, trajectory
+        self.model, self.optimizer, self.trajectory = model, unwrapped(optimizer), trajectory
         self.batches_of_step, self.loss_fn = batches_of_step, loss_fn
         self.clipping, self.adjoint = clipping, adjoint
-        self.flat = Flat(model, optimizer)
+        self.flat = Flat(model, self.optimizer)
         self.check = Check(self.flat)
         self._restored: tuple[int, Tensor] | None = None  # the last snapshot's step and weights
         self._divided = False  # whether the loop divided the loss by the number of micro-batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from assay.errors import UnsupportedOptimizerError
+from assay.optimizers import unwrapped
 from assay.replay.optimizers.adam import AdamAdjoint, AdamWAdjoint, AMSGradAdjoint, AMSGradWAdjoint
 from assay.replay.optimizers.base import OptimizerAdjoint
 from assay.replay.optimizers.sgd import SGDAdjoint
@@ -24,7 +25,8 @@ def adjoint_of(optimizer: Optimizer) -> OptimizerAdjoint:
     """The adjoint of an optimizer's step.
 
     Args:
-        optimizer: SGD, Adam or AdamW of `torch.optim`, with all their options.
+        optimizer: SGD, Adam or AdamW of `torch.optim`, with all their options, also inside accelerate's and Lightning's
+            wrapper.
 
     Raises:
         UnsupportedOptimizerError: another, or groups of which some have `amsgrad` and others do not.
@@ -34,6 +36,7 @@ def adjoint_of(optimizer: Optimizer) -> OptimizerAdjoint:
         >>> adjoint_of(SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)).buffers
         ('momentum_buffer',)
     """
+    optimizer = unwrapped(optimizer)
     variants = {bool(group.get("amsgrad")) for group in optimizer.param_groups}
     kinds: list[type[Optimizer]] = [base for base in type(optimizer).__mro__ if (base, False) in _ADJOINTS]
     kind = kinds[0] if kinds else None

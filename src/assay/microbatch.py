@@ -198,7 +198,9 @@ class Watcher:
         if rows and capture.batch not in rows:
             raise InputError(
                 f"run.step(ids): {capture.batch} ids were given, but the model received tensors of "
-                f"{', '.join(map(str, dict.fromkeys(rows)))} rows; give one id per row of dimension 0."
+                f"{', '.join(map(str, dict.fromkeys(rows)))} rows; give one id per row of dimension 0 (AssayCallback "
+                "gives one per example; where the trainer makes several rows of each, use assay.Run in a loop of your "
+                "own, every id as often as its rows)."
             )
         self.weights.outside.expect(tensors, capture.batch)
         for tensor in tensors:

@@ -327,6 +327,15 @@ def test_a_training_that_is_resumed_goes_on_in_the_same_folder(
     assert found.account().equals(whole.account())
 
 
+def test_options_of_the_callbacks_own_method(fit: Any, rows: Any) -> None:
+    callback = AssayCallback(assay.Target([collate(rows[40:])], loss), ids="doc", granularity="token")
+    fit(callback, max_steps=2)
+    name, value, _ = callback.ledger.values().row(0)
+    assert callback.ledger.tokens(id=name)["value"].sum() == pytest.approx(value, rel=1e-3)
+    with pytest.raises(InputError, match="brings one itself"):
+        AssayCallback(callback._shapley.targets, methods=[callback._shapley])
+
+
 def test_what_cannot_be_used_is_said_in_one_line(fit: Any, rows: Any) -> None:
     target = assay.Target([collate(rows[40:])], loss)
     with pytest.raises(InputError, match="no such key"):

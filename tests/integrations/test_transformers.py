@@ -480,11 +480,22 @@ def test_targets_of_ones_own(make_trainer: Any, held_out: Any) -> None:
     assert not callback.ledger.values("all").equals(callback.ledger.values("one"))
 
 
+def test_options_of_the_callbacks_own_method(make_trainer: Any) -> None:
+    trainer = make_trainer(max_steps=2)
+    callback = AssayCallback(id="doc", granularity="token", target_gradient="bfloat16").attach(trainer)
+    trainer.train()
+    name, value, _ = callback.ledger.values().row(0)
+    assert callback.ledger.tokens(id=name)["value"].sum() == pytest.approx(value, rel=1e-3)
+
+
 def test_what_cannot_be_used_is_said_in_one_line(make_trainer: Any, make_model: Any, data: Any) -> None:
     with pytest.raises(InputError, match="no Trainer"):
         AssayCallback().attach(object())
     with pytest.raises(InputError, match="columns="):
         AssayCallback(group="domain")
+    own = assay.InRunShapley({"t": assay.Target([None], model_loss)})
+    with pytest.raises(InputError, match="brings one itself"):
+        AssayCallback(methods=[own])
     with pytest.raises(InputError, match="not begun"):
         _ = AssayCallback().ledger
     trainer = make_trainer()

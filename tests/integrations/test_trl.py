@@ -149,3 +149,12 @@ def test_flattened_rows_are_one_sample_with_its_documents(make_trainer: Any) -> 
     assert found.items() <= documents.items()
     assert packed.group_by("id").len()["len"].min() > 1
     assert isinstance(ledger, assay.Ledger)
+
+
+def test_a_target_is_of_as_many_documents_where_the_collator_makes_one_row_of_several(
+    make_trainer: Any,
+) -> None:
+    trainer = make_trainer(padding_free=True, max_length=None, per_device_eval_batch_size=2)
+    callback = AssayCallback(rows=5).attach(trainer)
+    (target,) = callback._make_targets().values()
+    assert [int((batch["position_ids"] == 0).sum()) for batch in target.batches] == [2, 2, 1]

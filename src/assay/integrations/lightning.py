@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from assay.errors import InputError
 from assay.integrations.identity import content_id
 from assay.integrations.live import LiveValues
+from assay.integrations.options import further_methods, of_shapley
 from assay.methods import InRunShapley
 from assay.methods.base import Method
 from assay.run import Run
@@ -62,11 +63,12 @@ class AssayCallback(Callback):  # type: ignore[misc]
         path: see `assay.InRunShapley`.
         momentum: see `assay.InRunShapley`.
         methods: further methods for the same run.
-        **options: of `assay.Run`: `info`, `exclude`, `check`, `strict`, `optimizer_model`.
+        **options: further ones of `assay.InRunShapley` (`granularity`, `refresh`, `memory`, `target_gradient`, …),
+            and of `assay.Run`: `info`, `exclude`, `check`, `strict`, `optimizer_model`, `on_error`, `snapshots`.
 
     Raises:
-        InputError: a column to group by that the metadata has not, or (in training) manual optimization, several
-            optimizers, or a batch without the ids.
+        InputError: a column to group by that the metadata has not, an `InRunShapley` among the methods, or (in
+            training) manual optimization, several optimizers, or a batch without the ids.
 
     Example:
         >>> target = Target([None], lambda module, batch: module(torch.ones(1, 2)).sum())
@@ -90,8 +92,10 @@ class AssayCallback(Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.run: Run | None = None
-        self._shapley = InRunShapley(targets, path=path, momentum=momentum)
-        self._methods = tuple(methods)
+        own, options = of_shapley(options)
+        self._given = {"path": path, "momentum": momentum, **own}
+        self._shapley = InRunShapley(targets, **self._given)
+        self._methods = further_methods(methods)
         self._out, self._ids, self._options = out, ids, options
         self._metadata, self._log_every = metadata, log_every
         self._groups = None if group is None else _groups(metadata, group)
@@ -133,9 +137,8 @@ class AssayCallback(Callback):  # type: ignore[misc]
             **self._options.pop("info", {}),
         }
         optimizer = trainer.optimizers[0]
-        shapley = self._shapley
-        targets = {name: _of_module(target, pl_module) for name, target in shapley.targets.items()}
-        methods = [InRunShapley(targets, path=shapley.path, momentum=shapley.momentum), *self._methods]
+        targets = {name: _of_module(target, pl_module) for name, target in self._shapley.targets.items()}
+        methods = [InRunShapley(targets, **self._given), *self._methods]
         options = {
             "resume": trainer.global_step if trainer.global_step and self._out else False,
             **self._options,

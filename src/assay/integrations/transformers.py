@@ -24,6 +24,7 @@ from assay.errors import InputError
 from assay.integrations import logprob
 from assay.integrations.collect import KEY, Collector, Notes, Taken
 from assay.integrations.live import LiveValues
+from assay.integrations.options import further_methods, of_shapley
 from assay.methods import InRunShapley
 from assay.methods.base import Method
 from assay.run import Run
@@ -61,10 +62,13 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         path: see `assay.InRunShapley`.
         momentum: see `assay.InRunShapley`.
         methods: further methods for the same run.
-        **options: of `assay.Run`: `info`, `exclude`, `check`, `strict`, `optimizer_model`, `metadata`.
+        **options: further ones of `assay.InRunShapley` (`granularity`, `refresh`, `memory`, `target_gradient`, …),
+            and of `assay.Run`: `info`, `exclude`, `check`, `strict`, `optimizer_model`, `metadata`, `on_error`,
+            `snapshots`.
 
     Raises:
-        InputError: a column to group by that is not kept, or (when attached) data without columns.
+        InputError: a column to group by that is not kept, an `InRunShapley` among the methods, or (when attached) data
+            without columns.
 
     Example:
         >>> callback = AssayCallback(out="runs/sft", id="url", columns=["domain"], group="domain")
@@ -91,7 +95,9 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         self.run: Run | None = None
         self._targets, self._out, self._rows = targets, out, rows
         self._id, self._columns = id, tuple(columns)
-        self._path, self._momentum, self._methods, self._options = path, momentum, tuple(methods), options
+        own, self._options = of_shapley(options)
+        self._given = {"path": path, "momentum": momentum, **own}
+        self._methods = further_methods(methods)
         self._notes, self._grouped = Notes(group), group is not None
         self._trainer: Any = None
         self._live: LiveValues | None = None
@@ -137,10 +143,8 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
             "_load_best_model": self._load_best_model,
         }
         for name, replacement in replaced.items():
-            if (original := getattr(trainer, name, None)) is not None:
-                setattr(trainer, name, functools.wraps(original)(functools.partial(replacement, original)))
-        handler = trainer.callback_handler
-        handler.on_train_end = functools.partial(self._train_end, handler.on_train_end)
+            _replace(trainer, name, replacement)
+        _replace(trainer.callback_handler, "on_train_end", self._train_end)
         return self
 
     # --- what the Trainer tells its callbacks ---
@@ -160,7 +164,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         # where several processes train together, the wrapper says how they share their gradients
         whole = trainer.accelerator.unwrap_model(model)
         model = trainer.model_wrapped if args.world_size > 1 else whole
-        methods: list[Method] = [InRunShapley(self._make_targets(), path=self._path, momentum=self._momentum)]
+        methods: list[Method] = [InRunShapley(self._make_targets(), **self._given)]
         info = {
             "trainer": type(trainer).__name__,
             "arguments": _plain_arguments(args),
@@ -286,7 +290,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         trainer, left = self._trainer, self._rows
         batches: list[Any] = []
         with _one_at_a_time(trainer), _undivided(trainer):
-            for batch in trainer.get_eval_dataloader(dataset):
+            for batch in trainer.get_eval_dataloader(_first(dataset, left)):
                 batch = trainer._prepare_inputs(batch)
                 height = next(len(x) for x in batch.values() if isinstance(x, Tensor) and x.dim())
                 if left is not None and height > left:
@@ -296,6 +300,12 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
                 if left == 0:
                     break
         return Target(batches, functools.partial(_own_loss, name))
+
+
+def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Put something around a method, of this one object."""
+    if (original := getattr(owner, name, None)) is not None:
+        setattr(owner, name, functools.wraps(original)(functools.partial(replacement, original)))
 
 
 @contextlib.contextmanager
@@ -334,6 +344,15 @@ def _own_loss(name: str, model: Module, batch: Mapping[str, Any]) -> Tensor:
             "assay.Target(batches, loss) instead of a data set."
         )
     return torch.as_tensor(loss)
+
+
+def _first(dataset: Any, rows: int | None) -> Any:
+    """The first rows of a data set, where it can tell: a collator may make one row of several of them."""
+    if rows is not None and hasattr(dataset, "select") and hasattr(dataset, "__len__"):
+        return dataset.select(range(min(rows, len(dataset))))
+    if rows is not None and isinstance(dataset, list):
+        return dataset[:rows]
+    return dataset.take(rows) if rows is not None and hasattr(dataset, "take") else dataset
 
 
 def _head(value: Any, height: int, rows: int) -> Any:

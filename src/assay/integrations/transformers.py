@@ -249,7 +249,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
         self._notes = Notes(self._notes.group)
 
     def _close(self) -> None:
-        if self.run is not None:
+        if self.run is not None and self._live is not None:  # it is called again where it failed
             self.run.close()
             self._live = None
             with self.run.faults.caught("in writing"):

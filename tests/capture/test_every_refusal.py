@@ -149,6 +149,41 @@ def bag(m: Any, ids: Tensor) -> Tensor:
     return F.embedding_bag(ids.flatten(), m.w, OFFSETS, mode="max")
 
 
+def passes(*work: Callable[[nn.Module, Tensor], object], **options: Any) -> Callable[[], None]:
+    """A step in which these run one after the other, each with the loss."""
+
+    def provoke() -> None:
+        model = Written(lambda m, x: m.head(x @ m.w), head=nn.Linear(3, 2)).double()
+        x = torch.randn(ROWS, 5).double()
+        methods = [assay.InRunShapley(assay.Target([x], squares), **options)]
+        optim = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with assay.Run(model, optim, methods=methods) as run, run.step(range(ROWS)):
+            for part in work:
+                part(model, squares(model, x))
+
+    return provoke
+
+
+def backward(_: nn.Module, loss: Tensor) -> None:
+    loss.backward()
+
+
+def penalised(model: Any, loss: Tensor) -> None:
+    (g,) = torch.autograd.grad(loss, model.w, create_graph=True)
+    (loss + g.square().sum()).backward()
+
+
+def half_of_a_product() -> None:
+    model = Written(lambda m, x: x @ (m.w @ m.head.weight.t()), head=nn.Linear(3, 2, bias=False)).double()
+    x = torch.randn(ROWS, 5).double()
+    optim = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        assay.Run(model, optim, methods=[assay.InRunShapley(assay.Target([x], squares))]) as run,
+        run.step(range(ROWS)),
+    ):
+        squares(model, x).backward(inputs=[model.w])
+
+
 # part of the message → what draws it, and a name of a parameter or an operation that it must hold
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "got a gradient, but the capture saw no sample use it": (lambda: step(patched()), r"2\.weight"),
@@ -219,6 +254,17 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "gives other outputs when it is taken again": (
         lambda: step(Written(lambda m, x: changing(m, x @ m.w)), memory="recompute"), "memory='recompute'",
     ),
+    "the gradients were changed between two backward passes": (
+        passes(backward, lambda m, _: m.get_parameter("w").grad.mul_(0.5), backward), "run.step",  # type: ignore[union-attr]
+    ),
+    "some gradients were zeroed and others were not": (
+        passes(backward, lambda m, _: m.get_submodule("head").zero_grad(), backward), "run.step",
+    ),
+    "inside run.step leaves out": (
+        passes(lambda m, loss: loss.backward(inputs=[m.get_parameter("w")]), memory="recompute"), r"head\.weight",
+    ),
+    "inside run.step the loss contains a gradient of the loss": (passes(penalised), "create_graph=True"),
+    "of which one weight is computed": (half_of_a_product, r"w, head\.weight"),
 }  # fmt: skip
 ADVICE = re.compile(
     r"exclude=|[Pp]ass |[Uu]se |drop |choose |remove |give |return |leave |rewrite |move |remove "

@@ -142,7 +142,7 @@ class Once(torch.autograd.Function):
         if not ctx.recorder.idle:
             error = CoverageError(
                 "inside run.step the loss contains a gradient of the loss (create_graph=True: a gradient penalty, a "
-                "meta-gradient), and that part of it cannot be divided among the samples. Leave it out of run.step: "
+                "meta-gradient), and that part of it cannot be divided among the samples; leave it out of run.step: "
                 "what another backward pass adds to .grad before the block is not valued."
             )
             ctx.recorder.fault("in the backward pass", error)

@@ -127,7 +127,7 @@ class Recorder:
             names = [self.weights.names[param] for param in weight.params]
             raise CoverageError(
                 f"backward(inputs=[...]) names some of {', '.join(names)}, of which one weight is computed, and not "
-                "the others, so that the per-sample gradients of those cannot be told apart; name all of them."
+                "the others, so that the per-sample gradients of those cannot be told apart; pass all of them."
             )
         return bool(named)
 

@@ -53,6 +53,16 @@ def test_an_index_is_built_and_searched(run: Any, trained: tuple[Path, Path], tm
     assert found[0]["id"] == wanted["id"]  # itself, where rows have one length
     assert found[0]["text"] == wanted["text"]
     assert str(wanted["id"]) in out
+    # the run's own column of ids is found, and data of which the index knows nothing is a mistake
+    assert (
+        run("search", tmp_path / "idx", model, "-q", wanted["text"], "--data", texts, "-o", answers)[0] == 0
+    )
+    assert json.loads(answers.read_text())[0]["text"]
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "Something else."}\n')
+    status, _, err = run("search", tmp_path / "idx", model, "-q", wanted["text"], "--data", other)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "none of its ids is one of the index's" in err
 
 
 def test_parts_make_the_index_of_one_process(run: Any, trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Selection:
             What was written.
 
         Raises:
-            InputError: see `filter`, or a selection lies there already.
+            InputError: see `filter`, none of the data's ids is one of the run's, or a selection lies there already.
             StoreError: the disk refuses.
         """
         folder = Path(folder)
@@ -99,7 +99,13 @@ class Selection:
         filtered = None if data is None else self.filter(data, id, unseen)
         statement = dict(self.statement)
         if data is not None and filtered is not None:
-            seen = int(self._names(data, id).is_in(self.table["id"].implode()).sum())
+            names = self._names(data, id)
+            seen = int(names.is_in(self.table["id"].implode()).sum())
+            if data.height and not seen:  # a filter that filters nothing is a wrong column, not a choice
+                raise InputError(
+                    f"none of the data's {data.height} ids in {names.name!r} is one of the run's: name the column "
+                    "that the run was given"
+                )
             statement["data"] = {"rows": data.height, "kept": filtered.height, "unseen": data.height - seen}
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,13 @@ def search(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
     data: Annotated[Path | None, typer.Option("--data", help="The documents, to show their texts.")] = None,
     text: Annotated[str, typer.Option("--text", help="Column of the text in --data.")] = "text",
-    id_: Annotated[str | None, typer.Option("--id", help="Column of the name in --data.")] = None,
+    id_: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            help="Column of the name in --data [default: a hash of the text, or the data.id of MODEL's run].",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write all answers to this .json or .parquet.")
     ] = None,
@@ -63,7 +70,9 @@ def search(
         network, batches, summed_loss, top, damping, normalize, curvature,  # type: ignore[arg-type]
     )  # fmt: skip
     if data is not None:
-        answers = _with_texts(answers, data, text, id_)
+        answers = answers.join(
+            _texts(found.ids, data, text, id_, model), on="id", how="left", maintain_order="left"
+        )
     if out is not None:
         answers.write_json(out) if out.suffix == ".json" else answers.write_parquet(out)
     console = make_console()
@@ -88,13 +97,28 @@ def _short(text: str, width: int) -> str:
     return " ".join(text.split())[:width]
 
 
-def _with_texts(answers: pl.DataFrame, data: Path, text: str, id_: str | None) -> pl.DataFrame:
-    """The answers with a column `text`."""
+def _texts(ids: pl.Series, path: Path, text: str, id_: str | None, model: str) -> pl.DataFrame:
+    """`id, text` of documents that the index, or some of it, was made from."""
     from assay.train import Data, read_documents
 
-    documents = (
-        read_documents(Data(path=data, text=text, id=id_)).select("id", "text").unique("id", keep="first")
-    )
-    if documents.schema["id"] != answers.schema["id"]:
-        raise InputError(f"--data {data}: its ids are not those of the index; name the column with --id")
-    return answers.join(documents, on="id", how="left", maintain_order="left")
+    def known() -> bool:
+        return found["id"].dtype == ids.dtype and bool(found["id"].is_in(ids.implode()).any())
+
+    data = Data(path=path, text=text, id=id_)
+    found = read_documents(data)
+    if id_ is None and not known() and (likely := _id_column(model)) is not None:
+        with suppress(InputError):  # it has no such column
+            found = read_documents(data.model_copy(update={"id": likely}))
+    if not known():
+        raise InputError(
+            f"--data {path}: none of its ids is one of the index's; name the column of ids with --id"
+        )
+    return found.select("id", "text").unique("id", keep="first")
+
+
+def _id_column(model: str) -> str | None:
+    """What the documents of the model's run were named by, if it is the folder of one."""
+    from assay.store import open_ledger
+    from assay.train import id_column
+
+    return id_column(open_ledger(model)) if (Path(model) / "model").is_dir() else None

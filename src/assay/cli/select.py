@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -52,9 +53,10 @@ def select(
         ),
     ] = None,
     id_: Annotated[
-        str | None, typer.Option("--id", help="Its column of ids [default: a hash of the text].")
+        str | None,
+        typer.Option("--id", help="Its column of ids [default: the run's data.id, or a hash of the text]."),
     ] = None,
-    text: Annotated[str, typer.Option("--text", help="Its column of texts.")] = "text",
+    text: Annotated[str | None, typer.Option("--text", help="Its column of texts [default: text].")] = None,
     unseen: Annotated[
         _Unseen | None,
         typer.Option(
@@ -80,11 +82,16 @@ def select(
     from assay.acting import select as choose
 
     ledger = assay.open(run)
-    per = "domain" if per_domain and per is None else per
+    if per_domain and per not in (None, "domain"):
+        raise InputError(f"--per {per} and --per-domain are two groupings: leave one of them out")
+    per = "domain" if per_domain else per
+    given = [name for name, value in (("--id", id_), ("--text", text)) if value is not None]
+    if data is None and given:
+        raise InputError(f"{given[0]} is that of --data: name the data, or leave it out for the run's own")
     if drop not in (None, "negative"):
         raise InputError(f"--drop {drop} is not known: use --drop negative")
     chosen = choose(ledger, target, drop="negative" if drop else None, keep=_number(keep), per=per)
-    rows, ids = _rows(ledger, data, id_, text)
+    rows, ids = _rows(ledger, data, id_, text or "text")
     default = _Unseen.drop if data is None else _Unseen.keep
     stays: Literal["keep", "drop"] = (unseen or default).value
     written = chosen.write(out or run / "selection", rows, ids, format_.value, stays)
@@ -95,6 +102,8 @@ def select(
         f"kept {statement['kept']:,} of {statement['samples']:,} samples, which are worth "
         f"{statement['value_of_kept']:+.4g} of {statement['value_of_all']:+.4g}"
     )
+    if rows is not None:
+        _say_rows(json.loads(written[-1].read_text(encoding="utf-8"))["data"], stays)
     for path in written:
         typer.echo(path)
 
@@ -109,14 +118,22 @@ def _number(keep: str | None) -> float | int | None:
         raise InputError(f"--keep {keep} is no number: give a fraction such as 0.8, or a count") from error
 
 
+def _say_rows(data: dict[str, int], stays: str) -> None:
+    unseen = f", the {data['unseen']:,} that the run never saw among the {'kept' if stays == 'keep' else 'dropped'}"
+    typer.echo(
+        f"data: kept {data['kept']:,} of {data['rows']:,} rows, dropped {data['rows'] - data['kept']:,}"
+        + (unseen if data["unseen"] else "")
+    )
+
+
 def _rows(
     ledger: Ledger, path: Path | None, id_: str | None, text: str
 ) -> tuple[pl.DataFrame | None, pl.Series | str]:
     """The data to filter and its ids: the user's, or that of the run, or the texts that the ledger kept."""
-    from assay.train import Data, config_of, read_rows
+    from assay.train import Data, config_of, id_column, read_rows
 
     if path is not None:
-        return read_rows(Data(path=path, id=id_, text=text))
+        return read_rows(Data(path=path, id=id_, text=text), id_column(ledger))
     if "config" in ledger.info:
         return read_rows(config_of(ledger)[0].data)
     metadata = ledger.metadata()

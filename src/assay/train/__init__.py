@@ -6,7 +6,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"{error.name} is not installed: pip install 'assay[train]'") from error
 
-from assay.train.again import Again, config_of, differences
+from assay.train.again import Again, config_of, differences, id_column
 from assay.train.config import Attribution, Config, Data, Model, Targets, Training, load_config, override
 from assay.train.data import content_id, read_documents, read_rows
 from assay.train.estimate import Estimate, estimate
@@ -28,6 +28,7 @@ __all__ = [
     "content_id",
     "differences",
     "estimate",
+    "id_column",
     "learn_tokenizer",
     "load_config",
     "override",

@@ -13,7 +13,7 @@ from assay.errors import InputError
 from assay.store import Ledger
 from assay.train.config import Config
 
-__all__ = ["Again", "config_of", "differences"]
+__all__ = ["Again", "config_of", "differences", "id_column"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def config_of(ledger: Ledger) -> tuple[Config, list[str]]:
     targets = config.targets.model_copy(update={"files": files})
     config = config.model_copy(update={"data": data, "targets": targets, "model": model})
     return config, _other_versions(info.get("versions", {}))
+
+
+def id_column(ledger: Ledger) -> str | None:
+    """The column that the documents of a run were named by: None for a hash of the text, or a loop of its own."""
+    return config_of(ledger)[0].data.id if "config" in ledger.info else None
 
 
 def differences(first: Ledger, second: Ledger) -> Again:

@@ -74,11 +74,12 @@ def read_documents(data: Data) -> pl.DataFrame:
     return others.select(identity.alias("id"), pl.all(), frame[data.text].alias("text"))
 
 
-def read_rows(data: Data) -> tuple[pl.DataFrame, pl.Series]:
+def read_rows(data: Data, likely: str | None = None) -> tuple[pl.DataFrame, pl.Series]:
     """Read every row of the data as it is, all columns, and the ids that the documents have in a run.
 
     Args:
         data: the section ``data`` of a configuration; ``limit`` is not applied.
+        likely: the column of ids where ``data`` names none and this one is there.
 
     Returns:
         The rows as they lie there, and the id of each, null where a row has no text to be named by.
@@ -92,10 +93,12 @@ def read_rows(data: Data) -> tuple[pl.DataFrame, pl.Series]:
         if data.path
         else _read_dataset(data.model_copy(update={"limit": None}))
     )
+    if data.id is None and likely in frame.columns:
+        data = data.model_copy(update={"id": likely})
     if data.id is None:
         _need(frame, data.text, where)
         names = [None if text is None else content_id(text) for text in frame[data.text].cast(pl.String)]
-        identity = pl.Series(names, dtype=pl.String)
+        identity = pl.Series(f"hash of {data.text!r}", names, dtype=pl.String)
     else:
         _need(frame, data.id, where)
         identity = _identity(frame, data, where)

@@ -9,6 +9,7 @@ __all__ = [
     "InputError",
     "NewerFormatError",
     "StoreError",
+    "UnreadableError",
     "UnsupportedOptimizerError",
 ]
 
@@ -31,6 +32,10 @@ class UnsupportedOptimizerError(AssayError):
 
 class StoreError(AssayError, OSError):
     """A run folder cannot be written or read."""
+
+
+class UnreadableError(StoreError):
+    """A file could not be read just now, which says nothing of what is in it."""
 
 
 class NewerFormatError(StoreError):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +18,9 @@ from store.runs import check, fill
 
 from assay.cli.app import main
 from assay.doctor import examine
-from assay.errors import AssayWarning, StoreError
+from assay.errors import AssayWarning, StoreError, UnreadableError
 from assay.index import Index
+from assay.rows import Folder
 from assay.store import RunWriter, open_ledger
 from assay.store.tensors import snapshot_files
 
@@ -118,6 +123,77 @@ def test_a_damaged_snapshot_is_moved_aside(run: Path) -> None:
     examine(run).mend()
     assert examine(run).whole
     assert files.numbers("state") == [0]
+
+
+def withhold(monkeypatch: pytest.MonkeyPatch, wanted: Path, number: int) -> None:
+    """The system hands a file or a folder over no more; root would be allowed to read whatever its rights are."""
+
+    def refusing(original: Callable[..., object]) -> Callable[..., object]:
+        def refuse(path: object, *arguments: object, **options: object) -> object:
+            if isinstance(path, str | Path) and Path(path) == wanted:
+                raise OSError(number, os.strerror(number), str(path))
+            return original(path, *arguments, **options)
+
+        return refuse
+
+    for module, name in ((builtins, "open"), (io, "open"), (os, "scandir"), (os, "listdir")):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"), [(errno.EACCES, "check its rights"), (errno.EIO, "check that disk")]
+)
+def test_what_cannot_be_read_is_no_damage_and_stays_where_it_is(
+    run: Path, number: int, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot_files(run).write("state", 0, {"w": torch.ones(3)})
+    files = sorted(path for path in run.rglob("*") if path.is_file())
+    before = {path: path.read_bytes() for path in files}
+    for path in [*files, run / "values"]:
+        with monkeypatch.context() as patched:
+            withhold(patched, path, number)
+            diagnosis = examine(run)
+            assert [(f.place, f.state) for f in diagnosis.findings] == [(path, "unreadable")]
+            assert f"could not be read ({os.strerror(number)}): {cure}" in diagnosis.findings[0].detail
+            assert not diagnosis.whole
+            assert diagnosis.mend() == []
+            if path.parent != run / "snapshots" and path != run / "values":
+                with pytest.raises(UnreadableError, match="could not be read"):
+                    open_ledger(run)
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_a_header_is_not_made_up_while_values_cannot_be_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(run / "run.json")
+    withhold(monkeypatch, part(run, "values", 1), errno.EACCES)
+    findings = examine(run).findings
+    assert [f.state for f in findings] == ["damaged", "unreadable"]
+    assert "once all values can be read" in findings[0].detail
+    assert all(f.mend is None for f in findings)
+
+
+def test_rows_that_a_store_does_not_hand_over_are_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed.build(tmp_path, "random")
+    original = Folder.read_array, Folder.open_array
+
+    def refuse(self: Folder, name: str) -> object:
+        if name in ("data", "curvature/squares"):
+            raise self.refused("read", name, ValueError("PERMISSION_DENIED: Error opening file"))
+        return original[1](self, name)
+
+    monkeypatch.setattr(Folder, "read_array", refuse)
+    monkeypatch.setattr(Folder, "open_array", refuse)
+    findings = examine(tmp_path).findings
+    assert [(f.place.name, f.state) for f in findings] == [
+        ("curvature", "unreadable"),
+        ("rows", "unreadable"),
+    ]
+    assert "20 rows from row 0 on" in findings[1].detail
+    assert all(f.mend is None for f in findings)
 
 
 def test_what_a_killed_writer_left_is_removed(run: Path) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "assay"
 OWN = frozenset(
-    {"AssayError", "InputError", "StoreError", "CoverageError", "UnsupportedOptimizerError"}
+    {
+        "AssayError",
+        "InputError",
+        "StoreError",
+        "UnreadableError",
+        "CoverageError",
+        "UnsupportedOptimizerError",
+    }
 )  # assay.errors
 VALUE = "…"
 

@@ -15,13 +15,16 @@ __all__ = ["doctor"]
 def doctor(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, an index, or a folder of them.")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Mend what can be mended; damaged files are moved aside.")
+        bool,
+        typer.Option(
+            "--repair", help="Mend what can be mended; damaged files are moved aside, unreadable ones never."
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Read everything against its checksums and say what is there and what is not whole.
 
-    The exit status is 1 if something is damaged or missing (after --repair: still is), else 0.
+    The exit status is 1 if something is damaged, missing or cannot be read (after --repair: still is), else 0.
 
     Example: assay doctor runs/demo --repair
     """

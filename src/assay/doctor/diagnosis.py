@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from assay.store.files import write_error
+
 __all__ = ["Diagnosis", "Finding", "Room", "set_aside"]
 
 ASIDE = "damaged"
@@ -19,14 +21,15 @@ class Finding:
 
     Args:
         place: the file or folder.
-        state: "damaged", "missing", or "left over" (harmless: what a killed writer did not finish).
+        state: "damaged", "missing", "unreadable" (just now: what is in it may be whole, so that it is never moved), or
+            "left over" (harmless: what a killed writer did not finish).
         detail: what is wrong, and what it costs.
         cure: what `mend` does about it; empty if nothing can be done without a copy of the file.
         mend: does it.
     """
 
     place: Path
-    state: Literal["damaged", "missing", "left over"]
+    state: Literal["damaged", "missing", "unreadable", "left over"]
     detail: str
     cure: str = ""
     mend: Callable[[], None] | None = field(default=None, repr=False, compare=False)
@@ -61,7 +64,7 @@ class Diagnosis:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is damaged or missing; what a killed writer left over does no harm."""
+        """Whether everything is there, was read and is not damaged; what a killed writer left over does no harm."""
         return all(finding.state == "left over" for finding in self.findings)
 
     def mend(self) -> list[Finding]:
@@ -82,11 +85,14 @@ class Diagnosis:
 
 
 def set_aside(root: Path, path: Path) -> None:
-    """Move a file into the room's folder of damaged files, under its own relative name."""
+    """Move a file into the room's folder of damaged files, by its own relative name; StoreError if the disk refuses."""
     there = root / ASIDE / path.relative_to(root)
-    there.parent.mkdir(parents=True, exist_ok=True)
-    number = 0
-    while there.exists():  # an earlier one of the same name stays
-        number += 1
-        there = there.with_name(f"{path.name}.{number}")
-    path.replace(there)
+    try:
+        there.parent.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while there.exists():  # an earlier one of the same name stays
+            number += 1
+            there = there.with_name(f"{path.name}.{number}")
+        path.replace(there)
+    except OSError as error:
+        raise write_error(there, error) from error

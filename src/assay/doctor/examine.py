@@ -13,7 +13,7 @@ from assay.doctor.run import examine_run
 from assay.errors import StoreError
 from assay.index.header import NAME as INDEX
 from assay.rows.format import NAME as ROWS
-from assay.store.files import local_path
+from assay.store.files import local_path, unreadable
 from assay.store.header import NAME as RUN
 from assay.store.schema import PARTED
 
@@ -45,18 +45,25 @@ def examine(path: str | Path) -> Diagnosis:
         raise StoreError(f"there is no folder {root}: name a run or an index")
     rooms: list[Room] = []
     findings: list[Finding] = []
-    for place, kind in _stores(root):
+    for place, kind in _stores(root, findings):
         room, found = EXAMINERS[kind](place)
         rooms.append(room)
         findings += found
+    if not rooms and findings:
+        raise StoreError(findings[0].detail)
     if not rooms:
         raise StoreError(f"there is neither a run nor an index in {root}: name the out= of one")
     return Diagnosis(tuple(rooms), tuple(findings))
 
 
-def _stores(root: Path) -> Iterator[tuple[Path, str]]:
-    """Every store below a folder, outermost first."""
-    for folder, inner, files in os.walk(root):
+def _stores(root: Path, findings: list[Finding]) -> Iterator[tuple[Path, str]]:
+    """Every store below a folder, outermost first; a finding for each folder that cannot be listed."""
+
+    def refused(error: OSError) -> None:
+        place = Path(error.filename)
+        findings.append(Finding(place, "unreadable", str(unreadable(place, error))))
+
+    for folder, inner, files in os.walk(root, onerror=refused):
         inner[:] = sorted(name for name in inner if name != ASIDE)
         here = Path(folder)
         if RUN in files or all(name in inner for name in PARTED):  # the header itself may be what is missing

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from assay.doctor.diagnosis import Finding, Room
-from assay.errors import NewerFormatError, StoreError
+from assay.errors import NewerFormatError, StoreError, UnreadableError
 from assay.index.curvature import forget_curvature, is_stored
 from assay.index.header import NAME, read_header, stored_sides
 from assay.rows import Folder
@@ -28,6 +28,8 @@ def examine_index(root: Path) -> tuple[Room, list[Finding]]:
             stored_sides(folder, header)
     except NewerFormatError:
         raise
+    except UnreadableError as error:
+        return Room(root, "index", {}), [Finding(root / NAME, "unreadable", str(error))]
     except StoreError as error:
         return Room(root, "index", {}), [Finding(root / NAME, "damaged", str(error))]
     findings = []
@@ -36,6 +38,8 @@ def examine_index(root: Path) -> tuple[Room, list[Finding]]:
         if is_stored(folder):
             for name in arrays:
                 folder.read_array(name)
+    except UnreadableError as error:
+        findings.append(Finding(root / "curvature", "unreadable", str(error)))
     except StoreError as error:
         cure = "forget it: building the index again with the same examples forms it anew from the rows"
         findings.append(

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from assay.doctor.diagnosis import Finding, Room
-from assay.errors import NewerFormatError, StoreError
+from assay.errors import NewerFormatError, StoreError, UnreadableError
 from assay.index.curvature import forget_curvature
 from assay.index.header import NAME as INDEX
 from assay.rows import Folder
@@ -29,12 +29,17 @@ def examine_rows(root: Path) -> tuple[Room, list[Finding]]:
         manifest = read_manifest(folder)
     except NewerFormatError:
         raise
+    except UnreadableError as error:
+        return Room(root, "rows", {}), [Finding(root / NAME, "unreadable", str(error))]
     except StoreError as error:
         return Room(root, "rows", {}), [Finding(root / NAME, "damaged", str(error))]
     assert manifest is not None  # the file is why we are here
     findings = []
     whole, error_ = _whole_rows(folder, manifest)
-    if error_ is not None:
+    if isinstance(error_, UnreadableError):
+        detail = f"{error_}; nothing can be said of the {manifest.rows - whole} rows from row {whole} on"
+        findings.append(Finding(root, "unreadable", detail))
+    elif error_ is not None:
         lost = manifest.rows - whole
         findings.append(
             Finding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,16 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from assay.doctor.diagnosis import Finding, Room, set_aside
-from assay.errors import NewerFormatError, StoreError
-from assay.store.files import FrameFile, frame_file, frame_schema, scan_frames, verify_frame, write_error
+from assay.errors import NewerFormatError, StoreError, UnreadableError
+from assay.store.files import (
+    FrameFile,
+    frame_file,
+    frame_schema,
+    scan_frames,
+    unreadable,
+    verify_frame,
+    write_error,
+)
 from assay.store.header import NAME, Header, read_header
 from assay.store.ids import kind_of_dtype
 from assay.store.parts import PART
@@ -38,10 +47,12 @@ def examine_run(root: Path) -> tuple[Room, list[Finding]]:
             findings.append(Finding(folder, "missing", what, "make it, empty", partial(_make, folder)))
             contents |= {} if table == TABLES else {table: 0}
             continue
-        whole = dict(_whole_frames(root, folder, findings))
+        if (files := _frames(folder)) is None:
+            continue  # `examine` names every folder that cannot be listed
+        whole, unread = _whole_frames(root, files, findings)
         if table != TABLES:
             expected = None if header is None or header.parts is None else header.parts.get(table, 0)
-            findings += _gaps(folder, [file.number for file in whole.values()], expected)
+            findings += _gaps(folder, [file.number for file in (*whole.values(), *unread)], expected)
             contents[table] = _rows(list(whole))
     findings += _snapshots(root)
     findings += _leftovers(root)
@@ -55,8 +66,16 @@ def _header(root: Path, findings: list[Finding]) -> Header | None:
         return read_header(root)
     except NewerFormatError:
         raise
+    except UnreadableError as error:
+        findings.append(Finding(path, "unreadable", str(error)))
+        return None
     except StoreError as error:
-        again = _was_resumed(root)
+        try:
+            again = _was_resumed(root)
+        except UnreadableError as refused:  # a header made up from the other parts might be another run's
+            detail = f"{error}; it can be written anew once all values can be read: {refused}"
+            findings.append(Finding(path, "damaged" if path.exists() else "missing", detail))
+            return None
         findings.append(
             Finding(
                 path,
@@ -78,8 +97,11 @@ def _was_resumed(root: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether a part can be trusted; UnreadableError where that cannot be said."""
     try:
         verify_frame(path)
+    except UnreadableError:
+        raise
     except StoreError:
         return False
     return True
@@ -98,15 +120,28 @@ def _rebuild_header(root: Path) -> None:
     Header(targets, ids, {"recovered": True}).write(root)
 
 
-def _whole_frames(root: Path, folder: Path, findings: list[Finding]) -> Iterator[tuple[Path, FrameFile]]:
-    """The frames of a table that can be trusted; a finding for each of the others."""
-    for path in sorted(folder.iterdir()):
-        file = frame_file(path)
-        if file is None:
-            continue  # the user's own, or a leftover
+def _frames(folder: Path) -> dict[Path, FrameFile] | None:
+    """The frames of a table by their names, without the user's own files and leftovers; None if it cannot be listed."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        return None
+    return {path: file for path in paths if (file := frame_file(path)) is not None}
+
+
+def _whole_frames(
+    root: Path, files: dict[Path, FrameFile], findings: list[Finding]
+) -> tuple[dict[Path, FrameFile], list[FrameFile]]:
+    """The frames that can be trusted, and those of which nothing can be said; a finding for each but the first."""
+    whole: dict[Path, FrameFile] = {}
+    unread: list[FrameFile] = []
+    for path, file in files.items():
         try:
             verify_frame(path)
             frame_schema(path)
+        except UnreadableError as error:
+            findings.append(Finding(path, "unreadable", str(error)))
+            unread.append(file)
         except StoreError as error:
             findings.append(
                 Finding(
@@ -118,7 +153,8 @@ def _whole_frames(root: Path, folder: Path, findings: list[Finding]) -> Iterator
                 )
             )
         else:
-            yield path, file
+            whole[path] = file
+    return whole, unread
 
 
 def _gaps(folder: Path, numbers: list[int], expected: int | None) -> Iterator[Finding]:
@@ -146,6 +182,9 @@ def _snapshots(root: Path) -> Iterator[Finding]:
     """A finding for every snapshot whose content is not what its name says."""
     files = snapshot_files(root)
     for path, error in files.damaged():
+        if isinstance(error.__cause__, OSError):  # nothing was read of it
+            yield Finding(path, "unreadable", str(unreadable(path, error.__cause__)))
+            continue
         yield Finding(
             path,
             "damaged",
@@ -156,10 +195,11 @@ def _snapshots(root: Path) -> Iterator[Finding]:
 
 
 def _leftovers(root: Path) -> Iterator[Finding]:
-    for path in sorted(root.glob("*.tmp")) + sorted(root.glob("*/*.tmp")):
-        yield Finding(
-            path, "left over", "a write that was never finished", "delete it", partial(_delete, path)
-        )
+    for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
+        with suppress(OSError):  # `examine` names every folder that cannot be listed
+            for path in sorted(folder.glob("*.tmp")):
+                what = "a write that was never finished"
+                yield Finding(path, "left over", what, "delete it", partial(_delete, path))
 
 
 def _delete(path: Path) -> None:

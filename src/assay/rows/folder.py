@@ -12,13 +12,22 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import NewerFormatError, StoreError
+from assay.errors import NewerFormatError, StoreError, UnreadableError
 from assay.store.files import one_line, write_error
 from assay.store.lock import WriteLock
 
 __all__ = ["Folder"]
 
 T = TypeVar("T")
+_WITHHELD = (
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "UNKNOWN",
+)
+"""What TensorStore says first where a file was not handed over: of its content that says nothing."""
 
 
 def tensorstore() -> Any:
@@ -246,6 +255,10 @@ class Folder:
         where = f"{self.place}/{name}".rstrip("/")
         if said.startswith(("DATA_LOSS", "NOT_FOUND")) and verb == "read":
             return StoreError(f"{where} is damaged ({said}): put a copy of it back, or build it again")
+        if said.startswith(_WITHHELD) and verb == "read":
+            return UnreadableError(
+                f"{where} could not be read ({said}): check its rights and that disk or address"
+            )
         return StoreError(f"cannot {verb} {where} ({said}): check that disk or address")
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import polars as pl
 import pyarrow.parquet as pq
 
-from assay.errors import InputError, StoreError
+from assay.errors import InputError, StoreError, UnreadableError
 
 _FRAME = re.compile(r"(.+)-(\d{6,})-([0-9a-f]{8})\.parquet")
 _CURE = {
@@ -119,7 +119,8 @@ def verify_frame(path: Path) -> None:
     which ends the process.
 
     Raises:
-        StoreError: The file is damaged or cannot be read.
+        StoreError: The file is damaged.
+        UnreadableError: It cannot be read just now.
     """
     stored = frame_file(path)
     crc = 0
@@ -128,7 +129,7 @@ def verify_frame(path: Path) -> None:
             while block := file.read(1 << 20):
                 crc = zlib.crc32(block, crc)
     except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from error
+        raise unreadable(path, error) from error
     if stored is None or crc != stored.crc:
         raise damaged(path, "its content does not match the checksum in its name")
 
@@ -138,10 +139,13 @@ def frame_schema(path: Path) -> pl.Schema:
 
     Raises:
         StoreError: The file is no Parquet file.
+        UnreadableError: It cannot be read just now.
     """
     try:
         with open(path, "rb") as file:  # a path would be searched for wildcards
             return pl.Schema(pl.read_parquet_schema(file))
+    except OSError as error:
+        raise unreadable(path, error) from error
     except (Exception, pl.exceptions.PanicException) as error:
         raise damaged(path, str(error)) from error
 
@@ -163,6 +167,13 @@ def damaged(path: Path, reason: str) -> StoreError:
         f"{path} is damaged ({one_line(reason)}): put a copy of it back, or move it out of the folder "
         "to read the rest"
     )
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    """One line for a file that the operating system did not hand over; what is in it may be whole."""
+    rights = error.errno in (errno.EACCES, errno.EPERM)
+    cure = "check its rights" if rights else "check that disk, then try again"
+    return UnreadableError(f"{path} could not be read ({one_line(error.strerror or error)}): {cure}")
 
 
 def one_line(text: object) -> str:

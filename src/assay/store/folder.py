@@ -12,7 +12,15 @@ import polars as pl
 
 from assay.errors import AssayWarning, StoreError
 from assay.store.cuts import stack_below, stepwise
-from assay.store.files import FrameFile, damaged, frame_file, frame_schema, scan_frames, verify_frame
+from assay.store.files import (
+    FrameFile,
+    damaged,
+    frame_file,
+    frame_schema,
+    scan_frames,
+    unreadable,
+    verify_frame,
+)
 from assay.store.header import NAME, Header, read_header
 from assay.store.parts import PART, merge
 from assay.store.schema import (
@@ -154,6 +162,8 @@ class RunFolder:
     def _frame_files(self, folder: str) -> list[tuple[Path, FrameFile]]:
         try:
             paths = sorted((self.path / folder).iterdir())
+        except PermissionError as error:
+            raise unreadable(self.path / folder, error) from error
         except OSError as error:
             raise StoreError(
                 f"cannot read {self.path / folder} ({error.strerror}): put the folder back"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from assay.errors import InputError, NewerFormatError, StoreError
-from assay.store.files import damaged, write_atomic
+from assay.store.files import damaged, unreadable, write_atomic
 from assay.store.ids import IdKind
 
 FORMAT = "assay run"
@@ -112,6 +112,7 @@ def read_header(folder: Path) -> Header:
 
     Raises:
         StoreError: No run folder, a damaged header, or a format that is newer than this version of assay.
+        UnreadableError: The header cannot be read just now.
     """
     path = folder / NAME
     try:
@@ -123,7 +124,7 @@ def read_header(folder: Path) -> Header:
             f"{folder} is not a run folder (it has no {NAME}): name the out= of a run"
         ) from error
     except OSError as error:
-        raise StoreError(f"cannot read {path} ({error.strerror}): check the folder's permissions") from error
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise damaged(path, "no valid JSON") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:

@@ -183,6 +183,23 @@ def test_the_interval_is_a_bootstraps(samples: int) -> None:
         assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.08)
 
 
+@pytest.mark.parametrize("name", ["steps", "place", "share", "low", "high", "source"])
+def test_a_source_may_have_any_name(name: str) -> None:
+    writer = RunWriter(None, ["t"])
+    writer.add_values(0, 0, [1, 2, 3], np.array([[1.0], [2.0], [1.0]]))
+    writer.add_values(1, 0, [1, 2, 3], np.array([[1.0], [2.0], [1.0]]))
+    writer.add_metadata(pl.DataFrame({"id": [1, 2, 3], name: ["x", "x", "y"]}))
+    found = credit(writer.ledger, name)
+    own = "source" if name in ("share", "low", "high") else name
+    assert found.table.columns == [own, "samples", "value", "share", "low", "high"]
+    assert found.table.select(own, "samples", "value", "share").rows() == [
+        ("x", 2, 6.0, 0.75),
+        ("y", 1, 2.0, 0.25),
+    ]
+    assert found.statement["by"] == name
+    assert select(writer.ledger, keep=1, per=name).kept.to_list() == [2, 3]
+
+
 def test_what_has_nothing_to_share_out() -> None:
     writer = RunWriter(None, ["t"])
     writer.add_values(0, 0, [1, 2], np.array([[-1.0], [0.5]]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -20,6 +21,7 @@ from assay.errors import InputError
 testclient = pytest.importorskip("starlette.testclient")
 
 from assay.serve import make_app, make_searcher  # noqa: E402
+from assay.store import RunWriter  # noqa: E402
 from tests.corpus import write_documents  # noqa: E402
 
 ATTACK = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script>"
@@ -100,6 +102,27 @@ def test_filters(client: Any, ledger: assay.Ledger) -> None:
     assert {row["id"] for row in kept} == set(expected["id"])
     assert all(row["text"] for row in kept)
     assert "attachment" in exported.headers["content-disposition"]
+
+
+def test_metadata_keep_their_names() -> None:
+    writer = RunWriter(None, ["t"])
+    writer.add_values(0, 0, ["a", "b", "c", "d"], np.array([[4.0], [3.0], [2.0], [1.0]]))
+    taken = {"steps": [8, 9, 8, 9], "score": ["x", "y", "y", "x"], "value": [5, 6, 7, 8]}
+    writer.add_metadata(pl.DataFrame({"id": ["a", "b", "c", "d"], **taken}))
+    client = testclient.TestClient(make_app(writer.ledger), base_url="http://127.0.0.1:8765")
+    row = client.get("/api/documents", params={"target": "t"}).json()["rows"][0]
+    assert row == {"id": "a", "value": 4.0, "steps": 1, "text": "", "tags": {"steps": 8, "score": "x"}}
+    first = json.loads(client.get("/api/export", params={"target": "t"}).text.splitlines()[0])
+    assert (first["run_value"], first["run_steps"], first["value"], first["steps"]) == (4.0, 1, 5, 8)
+    asked = {"target": "t", "column": "steps", "group": "9"}
+    assert [r["id"] for r in client.get("/api/documents", params=asked).json()["rows"]] == ["b", "d"]
+
+
+@pytest.mark.parametrize("page", ["9", "1" * 23, "9" * 5000])
+def test_a_page_past_the_end_is_empty(client: Any, page: str) -> None:
+    answer = client.get("/api/documents", params={"target": "bible", "page": page})
+    assert answer.status_code == 200
+    assert answer.json()["rows"] == []
 
 
 def test_a_document_with_its_curve(client: Any, ledger: assay.Ledger) -> None:

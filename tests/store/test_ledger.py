@@ -82,6 +82,14 @@ def test_by_groups_samples_and_shows_those_without_metadata(ledger: Ledger) -> N
     assert by.columns == ["domain", "value", "samples", "negative", "mean"]
 
 
+def test_a_column_may_have_the_name_of_the_steps() -> None:
+    writer = RunWriter(None, ["t"])
+    for step in range(3):
+        writer.add_values(step, 0, ["a", "b", "c"], np.array([[1.0], [2.0], [4.0]]))
+    writer.add_metadata(pl.DataFrame({"id": ["a", "b", "c"], "steps": [7, 7, 9]}))
+    assert writer.ledger.by("steps").rows() == [(9, 12.0, 1, 0.0, 12.0), (7, 9.0, 2, 0.0, 4.5)]
+
+
 def test_info_and_targets(ledger: Ledger) -> None:
     assert ledger.targets == ["code", "law"]
     assert ledger.info == {"model": "gpt"}

@@ -23,8 +23,9 @@ class Credit:
     """Each source's share, and how it was made.
 
     Attributes:
-        table: the grouping column, `samples`, `value` (sum), `share` (of all values; they add up to 1, and one below
-            zero is a source that raised the loss), `low` and `high` (interval of the share), the largest share first.
+        table: the grouping column (called `source` where it has the name of another column here), `samples`, `value`
+            (sum), `share` (of all values; they add up to 1, and one below zero is a source that raised the loss), `low`
+            and `high` (interval of the share), the largest share first.
         statement: how the shares were made, as JSON.
     """
 
@@ -75,19 +76,23 @@ def credit(
         raise InputError(f"credit(level={level!r}) must lie between 0 and 1, such as 0.95")
     targets = targets_of(ledger, target)
     ledger.by(by, targets[0])  # raises, with the columns there are
-    values = summed(ledger, targets).join(ledger.metadata().select("id", by), on="id", how="left")
+    sources = ledger.metadata().select(
+        "id", source=pl.col(by)
+    )  # whatever its name, it meets no other column's
+    values = summed(ledger, targets).drop("steps").join(sources, on="id", how="left")
     total = float(values["value"].sum())
     if not total > 0:
         raise InputError(
             f"the values add up to {total:.3g}: no improvement of {', '.join(map(repr, targets))} is left to share out"
         )
     table = (
-        values.group_by(by)
+        values.group_by("source")
         .agg(samples=pl.len().cast(pl.Int64), value=pl.col("value").sum())
         .with_columns(share=pl.col("value") / total)
-        .sort("share", by, descending=[True, False], nulls_last=True)
+        .sort("share", "source", descending=[True, False], nulls_last=True)
     )
-    low, high = _interval(values, table[by], by, level, resamples, seed)
+    low, high = _interval(values, table["source"], level, resamples, seed)
+    table = table.with_columns(low=pl.Series(low), high=pl.Series(high))
     statement = {
         **describe(ledger, targets),
         "by": by,
@@ -100,11 +105,11 @@ def credit(
             "seed": seed,
         },
     }
-    return Credit(table.with_columns(low=pl.Series(low), high=pl.Series(high)), statement)
+    return Credit(table if by in table.columns else table.rename({"source": by}), statement)
 
 
 def _interval(
-    values: pl.DataFrame, sources: pl.Series, by: str, level: float, resamples: int, seed: int
+    values: pl.DataFrame, sources: pl.Series, level: float, resamples: int, seed: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """`[sources]` each: ends of the shares' intervals."""
     try:
@@ -112,7 +117,7 @@ def _interval(
     except ModuleNotFoundError as error:
         raise InputError("intervals need scipy: pip install 'assay[evaluate]'") from error
     rng = np.random.default_rng(seed)
-    sums = _blocks(values, sources, by, rng)  # [sources, blocks]
+    sums = _blocks(values, sources, rng)  # [sources, blocks]
     if sums.shape[1] < 2:
         return np.full(len(sums), np.nan), np.full(len(sums), np.nan)
 
@@ -129,14 +134,13 @@ def _interval(
     return np.atleast_1d(found.low), np.atleast_1d(found.high)
 
 
-def _blocks(
-    values: pl.DataFrame, sources: pl.Series, by: str, rng: np.random.Generator
-) -> np.ndarray[Any, Any]:
+def _blocks(values: pl.DataFrame, sources: pl.Series, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     """`[sources, blocks]`: sums of the values of each source in each random block of samples."""
     place = pl.DataFrame(
-        {by: sources, "place": np.arange(len(sources))}, schema_overrides={by: values.schema[by]}
+        {"source": sources, "place": np.arange(len(sources))},
+        schema_overrides={"source": values.schema["source"]},
     )
-    placed = values.sort("id").join(place, on=by, how="left", nulls_equal=True, maintain_order="left")
+    placed = values.sort("id").join(place, on="source", how="left", nulls_equal=True, maintain_order="left")
     blocks = min(placed.height, BLOCKS)
     block = rng.permutation(placed.height) % blocks
     sums = np.zeros((len(sources), blocks))

@@ -77,7 +77,7 @@ def make_app(
         page = ask.get("page", "0")
         return catalogue.page(
             ask.get("target", ""), ask.get("words", ""), ask.get("column", ""), ask.get("group", ""),
-            ask.get("order") == "worst", int(page) if page.isdecimal() else 0,
+            ask.get("order") == "worst", int(page[:15]) if page.isdecimal() else 0,  # of more digits: past the end too
         )  # fmt: skip
 
     def document(request: Request) -> Any:
@@ -99,7 +99,7 @@ def make_app(
         if searcher is None:
             raise AssayError("there is no index of this run: start with assay serve RUN --build-index")
         ranked = searcher.search(text)
-        kept = catalogue.selection(target, "", column, group).select("id", "value", "steps")
+        kept = catalogue.filtered(target, "", column, group)
         ranked = ranked.join(kept, on="id", maintain_order="left")
         ends = ranked.tail(20).reverse() if asked.get("order") == "worst" else ranked.head(20)
         return {"rows": catalogue.rows(ends), "of": ranked.height}

@@ -62,18 +62,21 @@ class Catalogue:
             worst: the smallest value first.
             page: from 0.
         """
-        frame = self._filtered(self._of(target), words, column, group)
+        frame = self.filtered(target, words, column, group)
         frame = frame.reverse() if worst else frame
         shown = frame.slice(page * PAGE, PAGE)
         return {"total": frame.height, "page": page, "size": PAGE, "rows": self.rows(shown)}
 
     def rows(self, frame: pl.DataFrame) -> list[dict[str, Any]]:
-        """Documents for a list: id, value, steps, whatever else the frame has, groups, excerpt."""
-        names = ["id", *self.columns, "text"]
-        joined = frame.join(self.metadata.select(names), on="id", how="left", maintain_order="left")
+        """Documents for a list: id, value, steps, whatever else the frame has, excerpt; `tags` holds the groups."""
         text = pl.col("text").fill_null("").str.slice(0, EXCERPT).str.replace_all(r"\s+", " ")
-        found = joined.with_columns(text.alias("text"), pl.col("id").cast(pl.String))
-        return [{key: _plain(value) for key, value in row.items()} for row in found.to_dicts()]
+        known = self.metadata.select("id", text, *(pl.col(c).alias(f"tag {c}") for c in self.columns))
+        joined = frame.join(known, on="id", how="left", maintain_order="left")
+        rows = [
+            {key: _plain(value) for key, value in row.items()}
+            for row in joined.with_columns(pl.col("id").cast(pl.String)).to_dicts()
+        ]
+        return [{"tags": {c: row.pop(f"tag {c}") for c in self.columns}, **row} for row in rows]
 
     def document(self, name: str) -> dict[str, Any]:
         """One document: text, metadata, values, and its value added up over the steps.
@@ -96,18 +99,21 @@ class Catalogue:
     def selection(
         self, target: str, words: str = "", column: str = "", group: str = "", drop: str = ""
     ) -> pl.DataFrame:
-        """The documents that a filter leaves: id, value, steps and all metadata."""
-        frame = self._filtered(self._of(target), words, column, group)
+        """The documents that a filter leaves: id, value, steps and all metadata.
+
+        Metadata keep their names: beside a `value` or `steps` of theirs the run's is `run_value` or `run_steps`.
+        """
+        frame = self.filtered(target, words, column, group)
         if drop == "negative":
             frame = frame.filter(pl.col("value") >= 0)
-        return frame.join(self.metadata, on="id", how="left", maintain_order="left")
+        taken = {name: f"run_{name}" for name in ("value", "steps") if name in self.metadata.columns}
+        return frame.rename(taken).join(self.metadata, on="id", how="left", maintain_order="left")
 
-    def _of(self, target: str) -> pl.DataFrame:
+    def filtered(self, target: str, words: str, column: str, group: str) -> pl.DataFrame:
+        """The values that a filter leaves: id, value, steps, the largest value first."""
         if target not in self.values:
             raise InputError(f"there is no target {target!r}: choose one of the run's")
-        return self.values[target]
-
-    def _filtered(self, frame: pl.DataFrame, words: str, column: str, group: str) -> pl.DataFrame:
+        frame = self.values[target]
         kept = self.metadata
         if group:
             self.groups(column)  # raises

@@ -56,7 +56,8 @@ def by_column(values: pl.LazyFrame, metadata: pl.LazyFrame, column: str) -> pl.L
         column: its name.
     """
     sums = (
-        values.join(metadata.select("id", column), on="id", how="left")
+        values.select("id", VALUE)  # without the steps: a column of the metadata may have their name
+        .join(metadata.select("id", column), on="id", how="left")
         .group_by(column)
         .agg(VALUE, samples=pl.len().cast(pl.Int64), negative=(VALUE < 0).mean())
         .with_columns(VALUE.list.sum())

@@ -30,7 +30,7 @@
 
   function list(rows, into, score) {
     into.replaceChildren(...rows.map((row) => {
-      const tags = Object.keys(run.columns).slice(0, 2).map((column) => row[column]).filter((tag) => tag !== null && tag !== undefined);
+      const tags = Object.keys(run.columns).slice(0, 2).map((column) => row.tags[column]).filter((tag) => tag !== null && tag !== undefined);
       const numbers = make("span", { class: "numbers" });
       if (score) numbers.append(make("span", { class: `amount ${sign(row.score)}`, text: signed(row.score), title: "influence on the text" }));
       numbers.append(make("span", { class: score ? "muted" : `amount ${sign(row.value)}`, text: score ? `value ${signed(row.value)}` : signed(row.value), title: "in-run value" }));

@@ -95,7 +95,7 @@ def test_mistakes_are_one_line(run: Any, trained: tuple[Path, Path], tmp_path: P
         (["index", model, texts, "-o", tmp_path / "x", "--join", "2"], "no index in"),
         (["search", tmp_path / "x", model, "-q", "a text"], "no index in"),
         (["search", tmp_path / "x", model], "--query: give at least one"),
-        (["search", tmp_path / "x", model, "-q", "a", "-o", "a.csv"], "a .json or a .parquet"),
+        (["search", tmp_path / "x", model, "-q", "a", "-o", "a.txt"], ".json, .csv or .parquet"),
     ]:
         status, _, err = run(*arguments)
         assert status == 1, (arguments, err)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from assay.cli.options import Debug, RunFolder
+from assay.cli.output import check_out, write_out
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,7 +32,10 @@ def adjoint(
         typer.Option("--graphs", help="Memory for graphs that save a pass each, as '4 GB' [2 GB]."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="All values [default: RUN/adjoint.parquet].")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="All values, .json, .csv or .parquet [default: RUN/adjoint.parquet]."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -56,6 +60,8 @@ def adjoint(
 
     keep_freed_memory()
     ledger, console = open_ledger(run), make_console()
+    where = out or run / "adjoint.parquet"
+    check_out(where)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("replaying")
 
@@ -66,8 +72,7 @@ def adjoint(
         if graphs is not None:
             options["graphs"] = graphs
         values, documents, targets = adjoint_of_run(ledger, target or [], options)
-    where = out or run / "adjoint.parquet"
-    documents.write_parquet(where)
+    write_out(where, documents)
     for name in documents.columns[1:]:
         _print_ends(console, documents.select("id", value=name), name, top, ledger.metadata())
     others = cheaper_methods(ledger, targets, lambda line: console.print(f"note: {line}", highlight=False))

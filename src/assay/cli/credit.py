@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from assay.cli.options import Debug, RunFolder, Targets
-from assay.errors import InputError
+from assay.cli.output import check_out, write_out
 
 if TYPE_CHECKING:
     from assay.acting import Credit
@@ -38,13 +37,13 @@ def credit(
     import assay
     from assay.acting import credit as share_out
 
+    check_out(out)
     shares = share_out(assay.open(run), by, target, level=level)
-    if out is not None:
-        _write(shares, out)
     for line in shares.statement["caution"]:
         typer.echo(f"caution: {line}", err=True)
     _print(shares, by)
     if out is not None:
+        write_out(out, shares.table, shares.statement)
         typer.echo(out)
 
 
@@ -61,7 +60,7 @@ def _print(shares: Credit, by: str) -> None:
         table.add_column(name, justify="left" if name == by else "right")
     for source, samples, value, share, low, high in shares.table.iter_rows():
         interval = f"{named_share(low)} … {named_share(high)}"
-        shown = Text("(none)" if source is None else str(source))
+        shown = Text("(none)" if source is None else _shown(source))
         table.add_row(shown, f"{samples:,}", f"{value:+.4g}", named_share(share), interval)
     console.print(table)
     explained = "; ".join(f"{name} {named_share(share)}" for name, share in statement["explained"].items())
@@ -76,25 +75,12 @@ def _print(shares: Credit, by: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def _shown(source: object) -> str:
+    return source.decode("utf-8", "backslashreplace") if isinstance(source, bytes) else str(source)
+
+
 def _method(methods: list[dict[str, object]]) -> str:
     settings = methods[0] if methods else {"method": "unknown"}
     return ", ".join(
         str(value) if name == "method" else f"{name} {value}" for name, value in settings.items()
     )
-
-
-def _write(shares: Credit, path: Path) -> None:
-    try:
-        if path.suffix == ".json":
-            content = {"shares": shares.table.to_dicts(), **shares.statement}
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        elif path.suffix == ".csv":
-            shares.table.write_csv(path)
-        elif path.suffix == ".parquet":
-            shares.table.write_parquet(path)
-        else:
-            raise InputError(f"--out {path}: end its name in .json, .csv or .parquet")
-    except OSError as error:
-        raise InputError(
-            f"--out {path} cannot be written ({error.strerror or error}): name another file"
-        ) from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli.options import Debug, Set
+from assay.cli.output import check_out
 from assay.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def evaluate(
     from assay.train.evaluation import evaluate as compared
     from assay.workers import Local
 
+    check_out(out, ())
     console = make_console()
     settings = _settings(console, config, quick, set_)
     found = compared(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from assay.cli.options import Debug
+from assay.cli.output import check_out, write_out
 from assay.errors import InputError
 
 __all__ = ["influence"]
@@ -26,7 +27,7 @@ def influence(
     ] = "fisher",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that build.")] = 1,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write all influences to this .parquet.")
+        Path | None, typer.Option("--out", "-o", help="Write all influences to this .json, .csv or .parquet.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -41,12 +42,13 @@ def influence(
     from assay.store import open_ledger
     from assay.train.influence import influence_of_texts, keep_curves
 
+    check_out(out)
     ledger, console = open_ledger(run), make_console()
     texts = {_name(n, given): _text(given) for n, given in enumerate(query)}
     found = influence_of_texts(ledger, texts, segments, curvature, workers)  # type: ignore[arg-type]
     keep_curves(ledger, found.curves)
     if out is not None:
-        found.documents.write_parquet(out)
+        write_out(out, found.documents)
     known = ledger.metadata()
     for name in texts:
         own = found.documents.filter(query=name)

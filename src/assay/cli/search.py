@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli.options import Debug
+from assay.cli.output import check_out, write_out
 from assay.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def search(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write all answers to this .json or .parquet.")
+        Path | None, typer.Option("--out", "-o", help="Write all answers to this .json, .csv or .parquet.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -60,11 +61,10 @@ def search(
 
     if not query:
         raise InputError("--query: give at least one text or file")
-    if out is not None and out.suffix not in (".json", ".parquet"):
-        raise InputError(f"--out {out}: name a .json or a .parquet file")
+    check_out(out)
+    texts = [_text(given) for given in query]
     found = assay.Index.open(index)
     network, tokenizer, tokens = load(model, tokens, device)
-    texts = [_text(given) for given in query]
     batches = (batch for _, batch in batches_of(range(len(texts)), texts, tokenizer, tokens, 1, device))
     answers = found.search(
         network, batches, summed_loss, top, damping, normalize, curvature,  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def search(
             _texts(found.ids, data, text, id_, model), on="id", how="left", maintain_order="left"
         )
     if out is not None:
-        answers.write_json(out) if out.suffix == ".json" else answers.write_parquet(out)
+        write_out(out, answers)
     console = make_console()
     for number, asked in enumerate(texts):
         console.print(f"\n{_short(asked, 100)}", highlight=False, markup=False)
@@ -86,11 +86,14 @@ def search(
 def _text(given: str) -> str:
     path = Path(given)
     try:
-        return path.read_text(encoding="utf-8") if len(given) < 256 and path.is_file() else given
+        text = path.read_text(encoding="utf-8") if len(given) < 256 and path.is_file() else given
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--query {given} cannot be read ({error}): give a text, or a file of text in UTF-8"
         ) from error
+    if not text.strip():
+        raise InputError(f"--query {given!r} holds no text: give at least two tokens")
+    return text
 
 
 def _short(text: str, width: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,8 @@ def test_what_cannot_be_used_is_left_out_aloud(tmp_path: Path) -> None:
         ),
         ([{"text": "a", "k": 1}, {"text": "b"}], {"id": "k"}, "1 documents have no id in the column 'k'"),
         ([{"text": "a"}], {"id": "key"}, "there is no column 'key'"),
+        ([{"text": "a", "k": 2**63}], {"id": "k"}, "the ids in 'k' reach 9223372036854775808, beyond"),
+        ([{"text": "a", "k": 1}, {"text": "b", "k": 2**70}], {"id": "k"}, "store them as strings"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*without text.*")
@@ -110,24 +114,65 @@ def test_what_a_bad_column_is_told(tmp_path: Path, rows: Any, options: Any, mess
     assert message in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*not UTF-8 text.*")
 def test_what_a_bad_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "bad.parquet").write_text("no")
     (tmp_path / "data.csv").write_text("text\na\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    (tmp_path / "binaries").mkdir()
+    (tmp_path / "binaries" / "a").write_bytes(b"\xff\xfe")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n')
+    (tmp_path / "key.jsonl").write_text('{"text": "a", "\\uDE00": 1}\n')
     for name, message in {
         "bad.jsonl": "line 2: not valid JSON",
         "list.jsonl": "line 1: expected an object",
         "bad.parquet": "cannot be read as Parquet",
         "data.csv": "neither a folder nor a .jsonl or .parquet file",
         "none": "there is no",
-        "empty": "holds no text",
+        "empty": "no document was found",
+        "empty.jsonl": "no document was found",
+        "blank.jsonl": "no document was found",
+        "binaries": "no document was found",
+        "half.jsonl": "line 2: \\ud83d is half a character",
+        "key.jsonl": "line 1: \\uDE00 is half a character".lower(),
     }.items():
         with pytest.raises(InputError) as error:
             read_documents(Data(path=tmp_path / name))
         assert message in str(error.value)
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "texts/b/c.txt", "texts/b"])
+def test_what_may_not_be_read_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts" / "b").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "b" / "c.txt").write_text("c")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    pl.DataFrame({"text": ["a"]}).write_parquet(tmp_path / "a.parquet")
+
+    def refusing(original: Any) -> Any:  # root may read whatever it likes
+        def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(path, str | Path) and Path(path) == tmp_path / name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path, *arguments, **options)
+
+        return refuse
+
+    monkeypatch.setattr(io, "open", refusing(io.open))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    with pytest.raises(
+        InputError, match=rf"{name} cannot be read \(Permission denied\): check its permissions"
+    ):
+        read_documents(Data(path=tmp_path / name.split("/")[0]))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8-sig")
+    assert read_documents(Data(path=tmp_path / "a.jsonl"))["text"].to_list() == ["a", "b"]
 
 
 def test_a_dataset_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:

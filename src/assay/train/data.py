@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,11 +195,30 @@ def _identity(frame: pl.DataFrame, data: Data, where: str) -> pl.Series:
         raise InputError(
             f"{where}: {identity.null_count()} documents have no id in the column {data.id!r}: give every one an id"
         )
-    return identity.cast(pl.Int64) if identity.dtype.is_integer() else identity
+    if not identity.dtype.is_integer():
+        return identity
+    signed = identity.cast(pl.Int64, strict=False)
+    if signed.null_count():
+        raise InputError(
+            f"{where}: the ids in {data.id!r} reach {identity.max()}, beyond a signed number of 64 bits: store them as "
+            "strings"
+        )
+    return signed
 
 
 def _read_path(path: Path, text: str) -> pl.DataFrame:
-    path = path.expanduser()
+    try:
+        frame = _read(path.expanduser(), text)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path} cannot be read ({error.strerror or _first_line(error)}): check its permissions"
+        ) from error
+    if frame.is_empty():
+        raise InputError(f"no document was found in {path}: name a folder or a file that has some")
+    return frame
+
+
+def _read(path: Path, text: str) -> pl.DataFrame:
     if not path.exists():
         raise InputError(f"data.path: there is no {path}: name a folder or a file")
     if path.is_dir():
@@ -206,9 +226,10 @@ def _read_path(path: Path, text: str) -> pl.DataFrame:
             list(_read_folder(path, text)), schema=dict.fromkeys((text, "file", "folder"), pl.String)
         )
     if path.suffix == ".parquet":
+        path.open("rb").close()  # what polars says of a file that it may not read has neither number nor name
         try:
             return pl.read_parquet(path)
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except pl.exceptions.PolarsError as error:
             raise InputError(
                 f"{path} cannot be read as Parquet ({_first_line(error)}): write it anew"
             ) from error
@@ -221,24 +242,32 @@ def _read_path(path: Path, text: str) -> pl.DataFrame:
 
 def _read_folder(folder: Path, text: str) -> Iterator[dict[str, str]]:
     skipped: list[str] = []
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(_files(folder)):
         inside = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
-            continue
         try:
             content = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             skipped.append(str(inside))
             continue
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
         yield {text: content, "file": inside.as_posix(), "folder": inside.parent.as_posix()}
     if skipped:
         _warn(f"{folder}: {len(skipped)} files are not UTF-8 text and are left out, {skipped[0]} first")
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder that is not hidden; OSError if a folder cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would go on without what lies there
+
+    for place, inner, names in os.walk(folder, onerror=refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.is_file())
+
+
 def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # it may begin with a byte-order mark
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -246,6 +275,8 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise InputError(f'{path}, line {number}: expected an object, such as {{"text": ...}}')
+                if r"\ud" in line or r"\uD" in line:
+                    _check_pairs(row, f"{path}, line {number}")
                 yield row
         except json.JSONDecodeError as error:
             raise InputError(
@@ -253,6 +284,16 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             ) from error
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 text: convert it") from error
+
+
+def _check_pairs(row: dict[str, Any], where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise InputError(
+            f"{where}: {half} is half a character (a lone surrogate): write the whole pair, or leave it out"
+        ) from error
 
 
 def _read_dataset(data: Data) -> pl.DataFrame:

@@ -43,15 +43,26 @@ def python(code: str) -> str:
 
 def test_import_takes_less_than_a_second_beyond_torch() -> None:
     clock = "time.process_time()"  # of the processor, and the least of three: whatever else runs only adds
-    code = f"import torch, time; start = {clock}; import assay; print({clock} - start)"
+    code = f"import torch, time; start = {clock}; import assay; assay.Run; print({clock} - start)"
     assert min(float(python(code)) for _ in range(3)) < 1.0
 
 
 def test_import_leaves_the_extras_alone() -> None:
-    code = "import sys, torch; before = set(sys.modules); import assay; print(*set(sys.modules) - before)"
+    code = "import sys, torch; before = set(sys.modules); import assay; assay.Run; print(*set(sys.modules) - before)"
     imported = {name.partition(".")[0] for name in python(code).split()}
     assert "assay" in imported
     assert imported & OPTIONAL == set()
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    code = "import sys, assay, assay.cli.app; print({'torch', 'polars', 'numpy'} & set(sys.modules))"
+    assert python(code) == "set()\n"
+    code = "import assay; print(assay.capture.probe.__name__, assay.open.__name__)"
+    assert python(code) == "assay.capture.probe open_ledger\n"
+    code = (
+        "import assay; print(hasattr(assay, 'nothing'), hasattr(assay, '__wrapped__'), 'Run' in dir(assay))"
+    )
+    assert python(code) == "False False True\n"
 
 
 MODULES = ["assay", *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay."))]

@@ -190,6 +190,22 @@ def test_ctrl_c_leaves_a_readable_ledger(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("library", ["typer", "polars", "torch"])
+def test_ctrl_c_before_anything_began_is_silent(config: Path, library: str) -> None:
+    script = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {library!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from assay.cli import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", script, "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
 def test_the_benchmark_gets_its_arguments(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "overhead.py").write_text("def main(argv):\n    print(argv)\n")
@@ -221,7 +237,7 @@ def test_a_log_gets_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].startswith("step 1000/1000")
 
 
-@pytest.mark.parametrize("statement", ["import assay", "import assay.cli", "import assay.demo"])
+@pytest.mark.parametrize("statement", ["import assay; assay.Run", "import assay.cli", "import assay.demo"])
 def test_optional_libraries_are_not_imported_early(statement: str) -> None:
     script = f"import sys; {statement}; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

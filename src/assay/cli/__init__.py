@@ -1,5 +1,20 @@
 """The command line: ``assay demo``, ``assay train``, ``assay report``, ``assay bench``."""
 
-from assay.cli.app import app, main
+import sys
+from collections.abc import Sequence
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, as `assay.cli.app.main`; Ctrl-C ends it in silence while it is still being imported.
+
+    Args:
+        arguments: in place of those of the process.
+    """
+    try:
+        from assay.cli.app import main as run
+
+        run(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)

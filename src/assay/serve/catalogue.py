@@ -106,7 +106,9 @@ class Catalogue:
         frame = self.filtered(target, words, column, group)
         if drop == "negative":
             frame = frame.filter(pl.col("value") >= 0)
-        taken = {name: f"run_{name}" for name in ("value", "steps") if name in self.metadata.columns}
+        taken: dict[str, str] = {
+            name: f"run_{name}" for name in ("value", "steps") if name in self.metadata.columns
+        }
         return frame.rename(taken).join(self.metadata, on="id", how="left", maintain_order="left")
 
     def filtered(self, target: str, words: str, column: str, group: str) -> pl.DataFrame:

@@ -197,10 +197,11 @@ def _identity(frame: pl.DataFrame, data: Data, where: str) -> pl.Series:
         )
     if not identity.dtype.is_integer():
         return identity
-    signed = identity.cast(pl.Int64, strict=False)
+    signed: pl.Series = identity.cast(pl.Int64, strict=False)
     if signed.null_count():
+        wide = identity.filter(signed.is_null())[0]
         raise InputError(
-            f"{where}: the ids in {data.id!r} reach {identity.max()}, beyond a signed number of 64 bits: store them as "
+            f"{where}: the ids in {data.id!r} reach {wide}, beyond a signed number of 64 bits: store them as "
             "strings"
         )
     return signed

@@ -270,3 +270,17 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repair would write it anew" in capsys.readouterr().out
     assert status("--repair") == 0
     assert "mended" in capsys.readouterr().out
+
+
+def test_a_run_without_a_single_row_is_said_to_be_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = RunWriter(tmp_path / "run", ["t"])
+    assert examine(tmp_path / "run").rooms[0].note == "nothing was recorded yet"
+    writer.close()
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tmp_path / "run")])
+    assert capsys.readouterr().out.splitlines() == [
+        f"run {tmp_path / 'run'}: 0 values, 0 account, 0 metadata; nothing was recorded",
+        "whole",
+    ]

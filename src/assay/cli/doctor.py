@@ -33,7 +33,9 @@ def doctor(
     diagnosis = examine(path)
     for room in diagnosis.rooms:
         rows = ", ".join(f"{number:,} {name}" for name, number in room.contents.items())
-        typer.echo(f"{room.kind} {room.place}: {rows or 'cannot be read'}")
+        typer.echo(
+            "; ".join(filter(None, (f"{room.kind} {room.place}: {rows or 'cannot be read'}", room.note)))
+        )
     for finding in diagnosis.findings:
         typer.echo(f"{finding.state}: {finding.place}\n    {finding.detail}")
         if finding.cure and not repair:

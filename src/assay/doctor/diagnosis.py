@@ -43,11 +43,13 @@ class Room:
         place: its folder.
         kind: "run", "index" or "rows".
         contents: table → how many rows of it are whole.
+        note: what else there is to say of it, which is no fault.
     """
 
     place: Path
     kind: Literal["run", "index", "rows"]
     contents: dict[str, int]
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,15 @@ def examine_run(root: Path) -> tuple[Room, list[Finding]]:
             contents[table] = _rows(list(whole))
     findings += _snapshots(root)
     findings += _leftovers(root)
-    return Room(root, "run", contents), findings
+    return Room(root, "run", contents, "" if findings else _emptiness(root, header, contents)), findings
+
+
+def _emptiness(root: Path, header: Header | None, contents: dict[str, int]) -> str:
+    """That a whole run holds nothing: one that was killed before its first rows reached the disk, say."""
+    elsewhere = any((root / name).is_dir() for name in ("snapshots", "embeddings"))
+    if header is None or elsewhere or any(contents.values()):
+        return ""
+    return "nothing was recorded yet" if header.parts is None else "nothing was recorded"
 
 
 def _header(root: Path, findings: list[Finding]) -> Header | None:

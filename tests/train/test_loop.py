@@ -70,7 +70,7 @@ def test_metadata_and_settings_stay_with_the_run(configure: Any, tmp_path: Path)
     assert ledger.info["seed"] == 3
     assert ledger.info["versions"]["torch"] == torch.__version__
     curve = ledger.table("curve")
-    assert curve.height == ledger.account("bible").height
+    assert curve["step"].to_list() == ledger.account("bible")["step"].to_list()
     assert (curve["loss"] > 0).all()
     assert (tmp_path / "run" / "model" / "weights.pt").is_file()
 

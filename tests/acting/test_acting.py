@@ -217,3 +217,22 @@ def test_cautions_say_what_does_not_close() -> None:
     assert any("300%" in line for line in statement["caution"])
     assert any("25.0%" in line for line in statement["caution"])
     assert assay.Ledger is not None
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_steps_that_are_not_finite_are_said(broken: int) -> None:
+    writer = RunWriter(None, ["t"])
+    writer.add_metadata(pl.DataFrame({"id": [1, 2], "provider": ["a", "b"]}))
+    for step in range(3):
+        bad = step >= 3 - broken
+        number = math.nan if bad else 2.0
+        writer.add_values(step, 0, [1, 2], np.array([[number / 2], [number / 2]]))
+        writer.add_account(step, "t", number, 0.0, 0.0, number, 0.0, "nan" if bad else "ok")
+    said = f"{broken} of 3 steps are not finite"
+    (caution,) = select(writer.ledger, keep=1).statement["caution"]
+    assert said in caution
+    if broken == 3:
+        with pytest.raises(InputError, match=f"add up to 0: .*; {said}"):
+            credit(writer.ledger, "provider")
+    else:
+        assert said in credit(writer.ledger, "provider").statement["caution"][0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from assay.acting.statement import describe, summed, targets_of
+from assay.acting.statement import describe, not_finite, summed, targets_of
 from assay.errors import InputError
 from assay.store import Ledger
 
@@ -82,8 +82,10 @@ def credit(
     values = summed(ledger, targets).drop("steps").join(sources, on="id", how="left")
     total = float(values["value"].sum())
     if not total > 0:
+        broken = "; ".join(line for name in targets if (line := not_finite(ledger, name)))
         raise InputError(
             f"the values add up to {total:.3g}: no improvement of {', '.join(map(repr, targets))} is left to share out"
+            + (f"; {broken}" if broken else "")
         )
     table = (
         values.group_by("source")

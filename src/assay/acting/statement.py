@@ -37,12 +37,14 @@ def cautions(ledger: Ledger, targets: list[str]) -> list[str]:
     """What a reader should know before acting on these values, one line each."""
     found = []
     for name in targets:
-        share = _finite(ledger.explained(name))
-        if share is None:
+        share, broken = _finite(ledger.explained(name)), not_finite(ledger, name)
+        if broken:
+            found.append(f"{name}: {broken}: values and shares are those of the others, not of the whole run")
+        if share is None and not broken:
             found.append(
                 f"{name}: the real loss drop was not measured, so the values are not held against anything"
             )
-        elif not BAND[0] <= share <= BAND[1]:
+        elif share is not None and not BAND[0] <= share <= BAND[1]:
             found.append(
                 f"{name}: the account explains {share:.0%} of the real loss drop; see ledger.account()"
             )
@@ -50,6 +52,13 @@ def cautions(ledger: Ledger, targets: list[str]) -> list[str]:
         if status in ("excluded", "trained later"):
             found.append(f"{share:.1%} of the parameters were {status}: the values are partial")
     return found
+
+
+def not_finite(ledger: Ledger, target: str) -> str:
+    """How many steps of the account have a loss or a value that is no number; empty where none has."""
+    account = ledger.account(target)
+    count = account.filter(status="nan").height
+    return f"{count:,} of {account.height:,} steps are not finite (NaN or infinite)" if count else ""
 
 
 def summed(ledger: Ledger, targets: list[str]) -> pl.DataFrame:

@@ -209,14 +209,15 @@ class _Reader:
         self.figures[f"stages-{section.anchor}"] = figures.stages(coarse, order, stage)
 
     def _account(self, section: Target) -> None:
-        steps = aggregate.counted(self.ledger.account(section.name))
+        account = self.ledger.account(section.name)
+        steps, broken = aggregate.counted(account), account.filter(status="nan").height
         total = float(self.values[section.name]["value"].sum())
         scale = Scale.of([total])
         worth = f"Together, the {self.noun}s were worth {scale.signed(total)} {scale.unit}"
         if not steps.height:
-            section.sentence = (
-                f"{worth}. The real loss drop was not measured, so what they explain is unknown."
-            )
+            why = f"{broken:,} of {account.height:,} steps had a number that is not finite"
+            why = why if broken else "The real loss drop was not measured"
+            section.sentence = f"{worth}. {why}, so what they explain is unknown."
             return
         section.account = aggregate.account(steps, FINE)
         section.totals = dict(steps.select(pl.col(aggregate.ACCOUNT_COLUMNS).sum()).row(0, named=True))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from assay.cli.options import Debug, RunFolder, Targets
-from assay.cli.output import check_out, write_out
+from assay.cli.output import check_out, plain, write_out
 
 if TYPE_CHECKING:
     from assay.acting import Credit
@@ -60,7 +60,7 @@ def _print(shares: Credit, by: str) -> None:
         table.add_column(name, justify="left" if name == by else "right")
     for source, samples, value, share, low, high in shares.table.iter_rows():
         interval = f"{named_share(low)} … {named_share(high)}"
-        shown = Text("(none)" if source is None else _shown(source))
+        shown = Text("(none)" if source is None else plain(source))
         table.add_row(shown, f"{samples:,}", f"{value:+.4g}", named_share(share), interval)
     console.print(table)
     explained = "; ".join(f"{name} {named_share(share)}" for name, share in statement["explained"].items())
@@ -73,10 +73,6 @@ def _print(shares: Credit, by: str) -> None:
         f"Share: {statement['share']}. Interval: {statement['interval']['method']}.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-def _shown(source: object) -> str:
-    return source.decode("utf-8", "backslashreplace") if isinstance(source, bytes) else str(source)
 
 
 def _method(methods: list[dict[str, object]]) -> str:

@@ -12,7 +12,7 @@ from assay.errors import InputError
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["check_out", "write_out"]
+__all__ = ["check_out", "plain", "write_out"]
 
 ENDINGS = (".json", ".csv", ".parquet")
 
@@ -58,9 +58,9 @@ def write_out(path: Path, table: pl.DataFrame, statement: dict[str, Any] | None 
         if path.suffix == ".json":
             rows = table.with_columns(pl.selectors.float().fill_nan(None)).to_dicts()  # JSON has no NaN
             content = rows if statement is None else {"shares": rows, **statement}
-            path.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(content, indent=1, default=plain) + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
-            binary = pl.selectors.binary().map_elements(_plain, return_dtype=pl.String)
+            binary = pl.selectors.binary().map_elements(plain, return_dtype=pl.String)
             table.with_columns(binary).write_csv(path)
         else:
             table.write_parquet(path)
@@ -70,6 +70,6 @@ def write_out(path: Path, table: pl.DataFrame, statement: dict[str, Any] | None 
         ) from error
 
 
-def _plain(value: Any) -> str:
-    """A date, a decimal number or bytes as text."""
+def plain(value: Any) -> str:
+    """A value of any type as text, such as a date, a decimal number or bytes."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

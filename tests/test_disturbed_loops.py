@@ -130,6 +130,42 @@ def test_a_hook_that_came_after_the_run_has_clipped() -> None:
     assert loop.predicted() == pytest.approx(loop.moved, rel=1e-9)
 
 
+def test_gradients_changed_between_micro_batches_are_told() -> None:
+    loop = Loop(sgd)
+    with loop.run.step(ids(0)):
+        backward(loss_fn(loop.model, batch(0)))
+    nn.utils.clip_grad_norm_(loop.model.parameters(), 0.01)
+    with (
+        pytest.warns(assay.AssayWarning, match="changed between two micro-batches of one optimizer step"),
+        loop.run.step(ids(1)),
+    ):
+        backward(loss_fn(loop.model, batch(1)))
+    loop.optimizer.step()
+    loop.run.close()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("path", ["left", "trapezoid"])
+def test_gradients_zeroed_at_the_beginning_of_a_block(path: str, set_to_none: bool) -> None:
+    """What an earlier block left for a step that was passed over is nobody's."""
+    found = []
+    for passed_over in (True, False):
+        loop = Loop(adamw, path=path)
+        for number in range(STEPS):
+            if number == 2 and not passed_over:
+                continue
+            with loop.run.step(ids(number)):
+                loop.optimizer.zero_grad(set_to_none)
+                backward(loss_fn(loop.model, batch(number)))
+            if number != 2:
+                loop.optimizer.step()
+        loop.run.close()
+        found.append(loop.run.ledger.values("t").sort("id"))
+    assert not set(found[0]["id"]) & set(ids(2))
+    assert found[0]["id"].to_list() == found[1]["id"].to_list()
+    assert found[0]["value"].to_list() == pytest.approx(found[1]["value"].to_list(), rel=1e-9)
+
+
 # --- who is trained ---
 
 
@@ -216,6 +252,24 @@ def test_a_new_optimizer_is_told(set_to_none: bool) -> None:
     with pytest.warns(assay.AssayWarning, match="weights have moved all the same"):
         loop.step(2, set_to_none=set_to_none)
     loop.run.close()
+
+
+def test_the_curve_numbers_steps_as_the_account_does() -> None:
+    loop = Loop(sgd)
+    loop.run.log({"before": 0.0})
+    for number in range(3):
+        with loop.run.step(ids(number)):
+            backward(loss_fn(loop.model, batch(number)))
+            loop.run.log({"inside": 0.0})
+        loop.run.log({"open": 0.0})
+        loop.optimizer.step()
+        loop.run.log({"taken": 0.0})
+        loop.optimizer.zero_grad()
+    loop.run.close()
+    curve = loop.run.ledger.table("curve")
+    for name, steps in {"before": [0], "inside": [0, 1, 2], "open": [0, 1, 2], "taken": [0, 1, 2]}.items():
+        assert curve.filter(curve[name].is_not_null())["step"].to_list() == steps
+    assert loop.run.ledger.account("t")["step"].to_list() == [0, 1, 2]
 
 
 # --- steps that a loss scaler passes over ---

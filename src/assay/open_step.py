@@ -46,6 +46,7 @@ class OpenStep:
         self._trained: list[Tensor] = []
         self._accumulated: list[int] = []
         self._weights: list[int] = []
+        self._told_changed = False
 
     def begin(self) -> None:
         """The first micro-batch of a step is about to run: who is trained that is not watched?
@@ -92,7 +93,17 @@ class OpenStep:
         if [g._version for g in gradients] == self._accumulated:
             return False
         norms = torch.stack([x.to(gradients[0].device) for x in torch._foreach_norm(gradients, float("inf"))])
-        return not bool(norms.any())
+        if not bool(norms.any()):
+            return True
+        if not self._told_changed:
+            self._told_changed = True
+            warnings.warn(
+                "the gradients were changed between two micro-batches of one optimizer step (clipped, scaled?); values "
+                "of the earlier ones assume that they were not: do it once the last backward pass is over.",
+                AssayWarning,
+                stacklevel=2,
+            )
+        return False
 
     def weights_moved(self) -> bool:
         """Whether somebody has written to the weights since the last backward pass."""

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from assay.distributed import parallel_of
 from assay.errors import AssayError, AssayWarning, InputError
 from assay.faults import Faults
-from assay.methods.base import Context, Method, MicroBatch, Session, Settles
+from assay.methods.base import Context, Method, MicroBatch, Session, Settles, no_scaler
 from assay.methods.demands import (
     check_for_resuming,
     check_for_several_processes,
@@ -162,7 +162,7 @@ class Run:
             self.writer.add_metadata(metadata)
         context = Context(
             self.model, self.weights, self._coverage, self.optimizer, self.writer, self.processes, step,
-            scaler.get_scale if scaler is not None and scaler.is_enabled() else lambda: None,
+            scaler.get_scale if scaler is not None and scaler.is_enabled() else no_scaler,
         )  # fmt: skip
         self._sessions: list[Session] = [method.attach(context) for method in methods]
         self._to_close = list(self._sessions)
@@ -238,7 +238,9 @@ class Run:
         self._begin()
         self._inside = True
         closing.callback(self._left)
-        return self._watcher.watch(known, given, inputs, closing)
+        watching = self._watcher.watch(known, given, inputs, closing)
+        watching.capture.before_backward = self._before_backward
+        return watching
 
     def _left(self) -> None:
         self._inside = False
@@ -286,13 +288,16 @@ class Run:
     def log(self, values: Mapping[str, float]) -> None:
         """Keep a row of a training curve (loss, tokens per second, …) beside the values; table "curve".
 
+        It is of the step that is open, between steps of the last one, as the account numbers them.
+
         Raises:
             StoreError: the disk refuses; the row is kept.
         """
         row = {name: float(value) for name, value in values.items()}
+        step = self._step if self._pending or self._inside else max(self._step - 1, 0)
         if self.processes.rank == 0 and not self._written:
             with self._work("in writing"):
-                self.writer.add_step("curve", float(self._step), row)
+                self.writer.add_step("curve", float(step), row)
 
     def status(self) -> RunStatus:
         """How far the run is, and what it has cost."""
@@ -402,6 +407,11 @@ class Run:
             self._open.begin()
             self._hooks.come_last()
             self._watcher.begin(self._sessions, self._step)
+
+    def _before_backward(self) -> None:
+        """The loop may zero the gradients inside of the block, before the backward pass."""
+        if self._pending and self._open.thrown_away():
+            self._pending = []  # the step that has begun goes on with this micro-batch
 
     def _discard(self) -> None:
         """The gradients of the open step were thrown away without an update (a loss scaler's overflow)."""

@@ -25,6 +25,11 @@ class Accumulated:
         """A backward pass is over."""
         self._left = [_state(p.grad) for p in self._params]
 
+    @property
+    def empty(self) -> bool:
+        """Whether no backward pass was noted yet."""
+        return not self._left
+
     def gone(self) -> bool:
         """Another begins: whether the gradients were zeroed since.
 

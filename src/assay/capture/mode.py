@@ -80,6 +80,7 @@ class Capture(Recorder, TorchFunctionMode):
         paused: while true, calls pass unseen.
         in_compiled_backward: while true, only calls with gradients are seen: a checkpoint that runs its forward pass
             again.
+        before_backward: called when the first backward pass begins that adds to the weights' gradients.
         positions: T of the longest sequence that entered the model, where tokens are followed.
     """
 
@@ -112,6 +113,7 @@ class Capture(Recorder, TorchFunctionMode):
         self._by_rows: dict[tuple[int, ...], None] = {}
         self._marked: list[ref[Tensor]] = []
         self._accumulated = Accumulated(weights.params)
+        self.before_backward: Callable[[], object] = _nothing
 
     # --- every call ---
 
@@ -190,8 +192,11 @@ class Capture(Recorder, TorchFunctionMode):
         only: Collection[Parameter] | None = None if asked.accumulates else ()
         with self.faults.caught("before a backward pass"):
             only = self._named(asked) if asked.accumulates and asked.leaves else only
-            if (only is None or only) and not inside and self._accumulated.gone():
-                self.forget()
+            if (only is None or only) and not inside:
+                if self._accumulated.empty:
+                    self.before_backward()
+                if self._accumulated.gone():
+                    self.forget()
         with self.recording(only):
             found = asked.run(None if self.idle else self.probe, under=self)
             if not self.idle and not inside:
@@ -450,6 +455,10 @@ class Capture(Recorder, TorchFunctionMode):
     def names_of(self, weight: Weight | None) -> str:
         """The names of the parameters behind a weight."""
         return ", ".join(self.weights.names[param] for param in weight.params) if weight is not None else "?"
+
+
+def _nothing() -> None:
+    pass
 
 
 # calls that return no tensor and change none, of which a model makes as many as of all others

@@ -141,6 +141,7 @@ class AssayCallback(Callback):  # type: ignore[misc]
         methods = [InRunShapley(targets, **self._given), *self._methods]
         options = {
             "resume": trainer.global_step if trainer.global_step and self._out else False,
+            "scaler": getattr(trainer.precision_plugin, "scaler", None),
             **self._options,
         }
         self.run = Run(

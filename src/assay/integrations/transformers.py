@@ -183,6 +183,7 @@ class AssayCallback(TrainerCallback):  # type: ignore[misc]
             self._give_up()
             options["resume"] = state.global_step if self._out else False
         options["info"] = info
+        options.setdefault("scaler", getattr(self._trainer.accelerator, "scaler", None))
         self.run = Run(model, optimizer, self._out, [*methods, *self._methods], **options)
         self.run.writer.before_flush(functools.partial(self._notes.hand_over, self.run.writer))
         if anew:

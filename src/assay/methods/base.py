@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["Context", "Demand", "Method", "MicroBatch", "Retakes", "Session", "Settles", "Watch"]
 
 
+def no_scaler() -> float | None:
+    """The loss scale of a run that was given no scaler."""
+    return None
+
+
 @dataclass(frozen=True)
 class Context:
     """What a run hands to its methods: model, weights and their uses, optimizer's step, ledger's writer, processes.
@@ -36,7 +41,7 @@ class Context:
     writer: RunWriter
     processes: OneProcess
     resumed: int | None = None
-    loss_scale: Callable[[], float | None] = lambda: None
+    loss_scale: Callable[[], float | None] = no_scaler
 
 
 class Watch(Protocol):

@@ -91,7 +91,7 @@ class Weigher:
                 continue
             state = self.optimizer.optimizer.state.get(p, {})
             own = state.get("step")
-            known, t = self._counted.get(p, (None, 0))
+            known, t = self._counted.get(p, (None, 1))
             if own is None:
                 t = 1 if state.get("momentum_buffer") is None else t + 1
             elif isinstance(own, Tensor) and own.device.type != "cpu" and own is known:

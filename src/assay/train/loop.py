@@ -322,8 +322,7 @@ def _steps(
         tokens = sum(int((batch.targets >= 0).sum()) for _, batch in group)
         speed = tokens / (end - start)
         rate = 0.9 * rate + 0.1 * speed if step else speed
-        # named here: the run counts the step as taken by now, and would call it by the next one's number
-        run.log({"step": step, "loss": loss, "gradient_norm": float(norm), "tokens_per_second": speed})
+        run.log({"loss": loss, "gradient_norm": float(norm), "tokens_per_second": speed})
         if step % EXPLAINED_EVERY == EXPLAINED_EVERY - 1:
             shares = [share for share in run.status().explained.values() if isfinite(share)]
             explained = max(shares, key=lambda share: abs(share - 1), default=None)

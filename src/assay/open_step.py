@@ -93,9 +93,12 @@ class OpenStep:
         if [g._version for g in gradients] == self._accumulated:
             return False
         norms = torch.stack([x.to(gradients[0].device) for x in torch._foreach_norm(gradients, float("inf"))])
-        if not bool(norms.any()):
-            return True
-        if not self._told_changed:
+        return not bool(norms.any())
+
+    def go_on(self) -> None:
+        """Another micro-batch of the step is about to run: has the loop changed what the ones before it left?"""
+        changed = [g._version for g in self.processes.accumulated(self.params)] != self._accumulated
+        if changed and not self._told_changed:
             self._told_changed = True
             warnings.warn(
                 "the gradients were changed between two micro-batches of one optimizer step (clipped, scaled?); values "
@@ -103,7 +106,6 @@ class OpenStep:
                 AssayWarning,
                 stacklevel=2,
             )
-        return False
 
     def weights_moved(self) -> bool:
         """Whether somebody has written to the weights since the last backward pass."""

@@ -25,7 +25,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from assay.distributed import parallel_of
-from assay.errors import AssayError, AssayWarning, InputError
+from assay.errors import AssayError, AssayWarning, InputError, StoreError
 from assay.faults import Faults
 from assay.methods.base import Context, Method, MicroBatch, Session, Settles, no_scaler
 from assay.methods.demands import (
@@ -174,7 +174,7 @@ class Run:
         self._step = step or 0
         self._id_kind: IdKind | None = self.writer.id_kind
         self._pending: list[list[MicroBatch]] = []  # by micro-batch, one per method
-        self._inside = self._closed = self._written = False
+        self._inside = self._backward = self._closed = self._written = False
         self._step_open = self._agreed_to_stop = False
         self._termination = Termination()
         self._device = self.weights.params[0].device
@@ -236,7 +236,7 @@ class Run:
         known = self._known_ids(ids)
         given = sample_weights(weights, len(known))
         self._begin()
-        self._inside = True
+        self._inside, self._backward = True, False
         closing.callback(self._left)
         watching = self._watcher.watch(known, given, inputs, closing)
         watching.capture.before_backward = self._before_backward
@@ -384,7 +384,7 @@ class Run:
 
     def _opens_step(self) -> bool:
         """Whether a micro-batch is the first of an optimizer step."""
-        opens = not self._step_open or self._open.thrown_away()
+        opens = not self._step_open or (self.processes.size > 1 and self._open.thrown_away())
         self._step_open = True
         return opens
 
@@ -403,6 +403,8 @@ class Run:
         """Before a micro-batch: start an optimizer step if none is open."""
         if self._pending and self._open.thrown_away():
             self._discard()
+        elif self._pending:
+            self._open.go_on()
         if not self._pending:
             self._open.begin()
             self._hooks.come_last()
@@ -410,6 +412,7 @@ class Run:
 
     def _before_backward(self) -> None:
         """The loop may zero the gradients inside of the block, before the backward pass."""
+        self._backward = True
         if self._pending and self._open.thrown_away():
             self._pending = []  # the step that has begun goes on with this micro-batch
 
@@ -437,7 +440,7 @@ class Run:
                 self._read_update()
 
     def _read_update(self) -> None:
-        if self._inside:
+        if self._inside and self._backward:
             raise InputError(
                 "optimizer.step() was called inside of `with run.step(ids)`; call it after the block, which ends with "
                 "loss.backward()."
@@ -456,10 +459,16 @@ class Run:
                 "each would train a model of its own; leave no_sync() for the last micro-batch of a step."
             )
         scale, gap = self._scale.before_step()
+        refused: StoreError | None = None
         for session, batches in zip(self._sessions, zip(*self._pending, strict=True), strict=True):
-            session.before_update(self._step, batches, scale, gap)
+            try:
+                session.before_update(self._step, batches, scale, gap)
+            except StoreError as error:  # what it was given has been taken
+                refused = refused or error
         self._pending = []
         self._step += 1
+        if refused is not None:
+            raise refused
 
     def _after_update(self) -> None:
         if self._step % 64 == 0 and self.faults.first is None:

@@ -55,14 +55,20 @@ def test_an_overflow_moves_nothing(kind: type[Optimizer]) -> None:
         optimizer.step()
     model, scaler = model_of(optimizer), torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(torch.zeros(()))
-    seen: list[Split] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(model.split(params[0])))
+    seen: list[bool] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(model.overflowed()))
+    assert not model.overflowed()
     params[0].grad[0, 0] = torch.inf
     before = values(params)
     scaler.step(optimizer)
     assert all(torch.equal(w, p.detach()) for w, p in zip(before, params, strict=True))
-    for part in (seen[0].gain, seen[0].carried, seen[0].decayed):
-        assert not torch.as_tensor(part).any()
+    assert seen == [True]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    scaler.update()
+    scaler.step(optimizer)
+    assert seen == [True, False]
+    assert not model.overflowed()  # outside of a step nobody looks
 
 
 def test_steps_that_were_all_skipped_foresee_nothing() -> None:

@@ -96,7 +96,7 @@ class Boundary:
                 self._refuse_mixing()
                 with self.capture.unseen():
                     record = recorded(
-                        model, self.weights.params[0].device, args, kwargs, self.weights.outside.is_constant
+                        model, self.weights.params[0].device, args, kwargs, self.weights.outside
                     )
         self._open.append(record)
 

@@ -45,6 +45,10 @@ class Outside:
         shape, constant = self._seen(tensor)
         return constant and shape == tensor.shape
 
+    def keep_constant(self, tensor: Tensor) -> None:
+        """A tensor is a constant, whatever its rows: the copy of one."""
+        self._first[tensor] = (tensor.shape, True)
+
     def expect(self, tensors: Sequence[Tensor], batch: int) -> None:
         """Some of these carry the samples: if all that have the rows for it were constants before, none of them is.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from assay.capture.layout import Layout
+from assay.capture.outside import Outside
 
 __all__ = ["Pass", "differentiable", "recorded", "surroundings"]
 
@@ -23,7 +24,7 @@ class Pass:
     """One forward pass of the model: what is needed to take it again, and what came back for its outputs.
 
     Args:
-        args: positional arguments of the forward pass, detached, in memory of their own but for constants.
+        args: positional arguments of the forward pass, detached, in memory of their own.
         kwargs: keyword arguments likewise.
         random: state of the random numbers before it.
         cuda_random: the same of the model's GPU, if it is on one.
@@ -65,14 +66,12 @@ class Pass:
         return not bool(torch.stack(apart).any()) if apart else True
 
 
-def recorded(
-    model: Module, device: torch.device, args: Any, kwargs: Any, constant: Callable[[Tensor], bool]
-) -> Pass:
-    """A pass that is about to begin; `constant` says which of its arguments carry no samples."""
+def recorded(model: Module, device: torch.device, args: Any, kwargs: Any, outside: Outside) -> Pass:
+    """A pass that is about to begin."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     autocast = device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    args, kwargs = tree_map(partial(_own, constant=constant), (args, dict(kwargs)))
+    args, kwargs = tree_map(partial(_own, outside=outside), (args, dict(kwargs)))
     modes = [module.training for module in model.modules()]
     return Pass(args, kwargs, torch.get_rng_state(), cuda, autocast, buffers, modes)
 
@@ -98,11 +97,14 @@ def surroundings(model: Module, record: Pass, device: torch.device) -> Iterator[
                 module.training = mode
 
 
-def _own(x: Any, constant: Callable[[Tensor], bool]) -> Any:
-    """Detached, in memory of its own; a constant itself, for what is known of it goes by identity."""
-    if not isinstance(x, Tensor) or (constant(x) and not x.requires_grad):
+def _own(x: Any, outside: Outside) -> Any:
+    """Detached, in memory of its own; what is known of a tensor from outside holds of its copy."""
+    if not isinstance(x, Tensor):
         return x
-    return x.detach().clone()
+    copy = x.detach().clone()
+    if outside.is_constant(x):
+        outside.keep_constant(copy)
+    return copy
 
 
 def differentiable(leaves: Sequence[Any]) -> list[int]:

@@ -60,7 +60,7 @@ class Recompute:
             return
         with capture.unseen():
             self._open.append(
-                (recorded(model, self._device, args, kwargs, self.weights.outside.is_constant), capture.uses)
+                (recorded(model, self._device, args, kwargs, self.weights.outside), capture.uses)
             )
 
     def _after(self, model: Module, args: Any, kwargs: Any, out: Any) -> Any:

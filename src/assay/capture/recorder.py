@@ -190,7 +190,9 @@ class Recorder:
         if (
             tensor.grad_fn is None
         ):  # with a history it was computed by somebody, and an activation is not copied
-            with suppress(NotImplementedError):  # a sparse tensor has no memory of its own
+            with suppress(
+                NotImplementedError, RuntimeError
+            ):  # a sparse or distributed tensor has no memory of its own
                 self._outside.add(tensor.untyped_storage().data_ptr())
             self._outside.discard(0)  # that of all empty tensors
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capture.test_refusals import Doubling
 from torch import Tensor, nn
 
 import assay
@@ -96,21 +97,6 @@ def test_parts_that_cancel_are_not_refused() -> None:
         steps(model, "around", cancelling, inputs=lambda rows=rows: rows)
 
 
-class Hidden(torch.autograd.Function):
-    """A linear layer that the capture cannot see into."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        x, weight = x.to(gradient.dtype), weight.to(gradient.dtype)
-        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-
-
 def normalised(x: Tensor) -> Tensor:
     """Over the samples, in evaluation mode too."""
     return F.batch_norm(x.mT, None, None, training=True).mT
@@ -133,7 +119,7 @@ def test_a_use_in_a_custom_function_is_measured_another_way(seed: int, where: st
     torch.manual_seed(seed)
     model = Residual(2)
     first = model.layers[0]
-    first.forward = lambda x: F.linear(x, first.weight) + Hidden.apply(x, first.weight)  # type: ignore[no-untyped-call]
+    first.forward = lambda x: F.linear(x, first.weight) + Doubling.apply(x, first.weight)  # type: ignore[no-untyped-call]
     status = dict(steps(model, where).coverage().select("parameter", "status").iter_rows())
     assert status["layers.0.weight"] == "sample loop"
 
@@ -142,7 +128,7 @@ def test_a_use_in_a_custom_function_is_measured_another_way(seed: int, where: st
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_use_beside_the_model_is_found(seed: int, where: str) -> None:
     def beside(model: nn.Module, ids: Tensor) -> Tensor:
-        own = Hidden.apply(F.embedding(ids, model.table.weight), model.layers[0].weight)  # type: ignore
+        own = Doubling.apply(F.embedding(ids, model.table.weight), model.layers[0].weight)  # type: ignore
         return loss_fn(model, ids) + 10 * own.float().square().mean()
 
     torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capture.test_refusals import Doubling
 from torch import Tensor, nn
 
 import assay
@@ -76,25 +77,11 @@ class Prompted(nn.Module):
         return F.normalize(self.image(x), dim=-1) @ F.normalize(self.text(prompts), dim=-1).t() / 0.3
 
 
-class _Hidden(torch.autograd.Function):
-    """A linear layer that the capture cannot see into."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.t() @ x
-
-
 class PromptedAside(Prompted):
     """The same, with a use that only the fallback at the model's boundary can measure."""
 
     def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
-        return super().forward(_Hidden.apply(x, self.image.weight).tanh() @ self.image.weight, prompts)
+        return super().forward(Doubling.apply(x, self.image.weight).tanh() @ self.image.weight, prompts)
 
 
 def prompted(model: nn.Module, x: Tensor) -> Tensor:

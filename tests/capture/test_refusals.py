@@ -29,8 +29,8 @@ class Doubling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.t() @ x
+        x, weight = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def patched() -> nn.Module:

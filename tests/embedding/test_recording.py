@@ -222,6 +222,15 @@ def test_weights_of_the_samples_are_those_given_or_equal() -> None:
     )
 
 
+def step_unscaled(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """As a loss scaler steps."""
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad /= scale
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def test_a_loss_scale_that_is_in_the_weights_changes_nothing() -> None:
     """The gradient that backward() leaves and a_i carry the scale S; the measured c takes it out."""
     found = []
@@ -234,11 +243,7 @@ def test_a_loss_scale_that_is_in_the_weights_changes_nothing() -> None:
         for ids in order():
             with run.step(ids, [scale / len(ids)] * len(ids)):
                 (scale * loss_fn(model, (x[ids], y[ids]))).backward()
-            for p in model.parameters():
-                assert p.grad is not None
-                p.grad /= scale
-            opt.step()
-            opt.zero_grad()
+            step_unscaled(opt, model, scale)
         run.close()
         found.append(run.ledger.embeddings().export())
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
@@ -276,10 +281,7 @@ def test_a_loss_scale_that_nobody_tells_is_told_of() -> None:
     x, y = data()
     with run.step([0, 1, 2]):
         (1024.0 * loss_fn(model, (x[:3], y[:3]))).backward()
-    for p in model.parameters():
-        assert p.grad is not None
-        p.grad /= 1024.0
-    opt.step()
+    step_unscaled(opt, model, 1024.0)
     with pytest.warns(assay.AssayWarning, match=r"multiplied by as little as 0\.00098.*Run\(scaler=\.\.\.\)"):
         run.close()
 
@@ -294,11 +296,7 @@ def test_a_gradient_too_large_for_its_type_costs_no_other_row() -> None:
         scale = 1e7 if step == 3 else 1.0
         with run.step(ids, [scale / len(ids)] * len(ids)):
             (scale * loss_fn(model, (x[ids], y[ids]))).backward()
-        for p in model.parameters():
-            assert p.grad is not None
-            p.grad /= scale
-        opt.step()
-        opt.zero_grad()
+        step_unscaled(opt, model, scale)
     with pytest.warns(
         assay.AssayWarning, match=f"{BATCH} recorded gradients .* too large for rows of 'fp16'"
     ):

@@ -30,7 +30,7 @@ from assay.embedding.resume import recorded_before, save_through
 from assay.embedding.sides import balanced, choose_sides
 from assay.errors import AssayWarning, InputError, StoreError
 from assay.methods.base import Context, Demand, MicroBatch
-from assay.methods.momentum import Weigher, preconditioner
+from assay.methods.momentum import Weigher, preconditioner, typical_size
 from assay.methods.step import Step, read_step
 from assay.projection import Projector
 from assay.rows import RowWriter
@@ -314,7 +314,7 @@ class EmbeddingSession:
             late.append((len(found) + SCALARS.index("scale"), group))
             if pull and isinstance(D, Tensor):
                 late.append((len(found) + SCALARS.index("pull"), len(factors)))
-                factors.append(_mean_size(D, p).to(factors[0]))
+                factors.append(typical_size(D, p).to(factors[0]))
             sign = float(D) if not self.preconditioned else 1.0  # -1 where the optimizer maximises
             found += [lr * kappa, sign, keep, carry, decay, pull, lr]
         return found, late, torch.stack(factors)
@@ -372,11 +372,8 @@ class EmbeddingSession:
         factors = torch.where(known.isfinite(), known, 0.0).tolist()
         for place, factor in late:
             scalars[place] *= factors[factor]
-        finite = (
-            rows.to(DTYPES[self.method.dtype] if self.method.dtype != "int8" else rows.dtype)
-            .isfinite()
-            .all(1)
-        )
+        stored = rows.dtype if self.method.dtype == "int8" else DTYPES[self.method.dtype]
+        finite = (rows.abs() <= torch.finfo(stored).max).all(1)
         if not bool(finite.all()):
             self._not_finite += int((~finite).sum())
             rows = torch.where(finite[:, None], rows, 0.0)
@@ -458,11 +455,3 @@ class EmbeddingSession:
     def explained(self) -> Mapping[str, float]:
         """There is no account."""
         return {}
-
-
-def _mean_size(D: Tensor, param: Parameter) -> Tensor:
-    """D̄: the mean of |D| over where the gradient is; an entry without any has D = 1/ε and moves nothing."""
-    assert param.grad is not None
-    size, weight = D.abs(), param.grad.detach().abs().to(D.dtype)
-    total = weight.sum()
-    return torch.where(total > 0, (size * weight).sum() / total, size.amin())

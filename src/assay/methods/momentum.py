@@ -31,7 +31,16 @@ from assay.methods.step import Step
 from assay.optimizers import OptimizerModel
 from assay.optimizers.scalars import number
 
-__all__ = ["ExactTail", "Late", "Tail", "Weigher", "bytes_of", "default_horizon", "preconditioner"]
+__all__ = [
+    "ExactTail",
+    "Late",
+    "Tail",
+    "Weigher",
+    "bytes_of",
+    "default_horizon",
+    "preconditioner",
+    "typical_size",
+]
 
 Ids = Sequence[int | str]
 Late = tuple[Ids, Tensor]  # ids, and what reached them only now, [targets, ids]
@@ -127,6 +136,14 @@ def preconditioner(optimizer: OptimizerModel, step: Step) -> dict[Parameter, Ten
             group = optimizer.optimizer.param_groups[optimizer.group_index(p)]
             result[p] = -1.0 if group.get("maximize", False) else 1.0
     return result
+
+
+def typical_size(through: Tensor, param: Parameter) -> Tensor:
+    """0-dim, the mean of |P| over where the gradient is: an entry without any has P = 1/ε and moves nothing."""
+    assert param.grad is not None
+    size, weight = through.abs(), param.grad.detach().abs().to(through.dtype)
+    total = weight.sum()
+    return torch.where(total > 0, (size * weight).sum() / total, size.amin())
 
 
 @dataclass

@@ -39,6 +39,7 @@ from assay.methods.momentum import (
     preconditioner,
     read_weights,
     shared,
+    typical_size,
 )
 from assay.methods.step import Step
 from assay.optimizers import OptimizerModel
@@ -285,11 +286,7 @@ def _balance(param: Parameter, through: Tensor | float) -> Tensor | float:
     """R = √|P|, no more than ten times its typical size where there are gradients; entries without any keep that."""
     if not isinstance(through, Tensor):
         return abs(through) ** 0.5 or 1.0
-    assert param.grad is not None
-    size, weight = through.abs(), param.grad.detach().abs().to(through.dtype)
-    total = weight.sum()
-    typical = torch.where(total > 0, (size * weight).sum() / total, size.mean())
-    bounded = torch.minimum(size, 100 * typical).sqrt_()
+    bounded = torch.minimum(through.abs(), 100 * typical_size(through, param)).sqrt_()
     return torch.where(bounded > 0, bounded, 1.0)
 
 

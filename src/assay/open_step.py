@@ -46,7 +46,7 @@ class OpenStep:
         self._trained: list[Tensor] = []
         self._accumulated: list[int] = []
         self._weights: list[int] = []
-        self._told_changed = False
+        self._told_changed = self._told_moved = False
 
     def begin(self) -> None:
         """The first micro-batch of a step is about to run: who is trained that is not watched?
@@ -107,9 +107,18 @@ class OpenStep:
                 stacklevel=2,
             )
 
-    def weights_moved(self) -> bool:
-        """Whether somebody has written to the weights since the last backward pass."""
-        return [p._version for p in self.params] != self._weights
+    def passed_over(self, step: int) -> None:
+        """The step does not happen: has somebody moved the weights since its last backward pass?"""
+        if [p._version for p in self.params] == self._weights or self._told_moved:
+            return
+        self._told_moved = True
+        warnings.warn(
+            f"step {step}: its gradients were thrown away and the weights have moved all the same, but not by the "
+            "optimizer that the run was given: the steps of another one are not valued. For a new optimizer close the "
+            "run and go on in a new one with an `out` of its own.",
+            AssayWarning,
+            stacklevel=2,
+        )
 
     def _trained_now(self) -> list[Tensor]:
         return [p for p in self.optimizer.params() if p.requires_grad]

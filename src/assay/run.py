@@ -9,7 +9,6 @@ step hooks tell the run when the weights move. Nothing of the training itself ch
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from assay.distributed import parallel_of
-from assay.errors import AssayError, AssayWarning, InputError, StoreError
+from assay.errors import AssayError, InputError, StoreError
 from assay.faults import Faults
 from assay.methods.base import Context, Method, MicroBatch, Session, Settles, no_scaler
 from assay.methods.demands import (
@@ -182,7 +181,6 @@ class Run:
             self.processes, self.weights, self._coverage, self.faults, strict=strict, check=check == "first"
         )
         self._seconds = 0.0
-        self._told_moved = False
         self._hooks = StepHooks(self.optimizer.optimizer, self._before_update, self._after_update)
 
     # --- the user's side ---
@@ -419,15 +417,7 @@ class Run:
     def _discard(self) -> None:
         """The gradients of the open step were thrown away without an update (a loss scaler's overflow)."""
         self._pending = []
-        if self._open.weights_moved() and not self._told_moved:
-            self._told_moved = True
-            warnings.warn(
-                f"step {self._step}: its gradients were thrown away and the weights have moved all the same, but not "
-                "by the optimizer that the run was given: the steps of another one are not valued. For a new optimizer "
-                "close the run and go on in a new one with an `out` of its own.",
-                AssayWarning,
-                stacklevel=2,
-            )
+        self._open.passed_over(self._step)
         for session in self._sessions:
             session.skipped(self._step)
         self._step += 1
